@@ -1,9 +1,13 @@
 //! Handmill: hand-written GPU kernels for adapting language models, each beside a readable CPU reference,
 //! and the memory-mapped runtime that drives them.
 //!
-//! Read in this order: [`op`] (what a contract is), one op such as [`ops`]`::rmsnorm`, [`device`] (how it is launched),
-//! [`model`] (who calls it).
+//! Read in this order: [`op`] (what a contract is), one op such as [`ops::rmsnorm`], [`device`] (how it is launched),
+//! [`verify`] (how it is checked), [`model`] (who calls it).
 
+pub mod device;
 pub mod model;
+pub mod op;
+pub mod ops;
 pub mod quant;
 pub mod tensor;
+pub mod verify;

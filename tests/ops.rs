@@ -1,0 +1,60 @@
+//! Devices × ops × kernels × cases: every kernel of the table against its oracle, one test each.
+
+use handmill::device::{cpu::Cpu, Device};
+use handmill::op::{Case, Kernel, OpSpec};
+use handmill::{ops::OPS, verify};
+use libtest_mimic::{Arguments, Failed, Trial};
+use std::sync::Arc;
+
+const SEED: u64 = 1;
+
+fn main() {
+    let devices: Vec<Arc<dyn Device>> = vec![Arc::new(Cpu::new())];
+    let mut trials = Vec::new();
+    for device in &devices {
+        for spec in OPS {
+            for kernel in spec.kernels.iter().filter(|k| device.caps().kind.runs(&k.source)) {
+                for (i, case) in spec.cases.iter().enumerate() {
+                    if !(kernel.supports)(&spec.case_dims(case), device.caps()) {
+                        continue;
+                    }
+                    let device = device.clone();
+                    let name = format!("{}::{}::{i}", device.id(), kernel.stem);
+                    trials.push(Trial::test(name, move || check(&*device, spec, kernel, case)));
+                }
+            }
+        }
+    }
+    trials.extend(OPS.iter().map(|spec| Trial::test(format!("table::{}", spec.id()), || table(spec))));
+    libtest_mimic::run(&Arguments::from_args(), trials).exit();
+}
+
+fn check(device: &dyn Device, spec: &'static OpSpec, kernel: &'static Kernel, case: &Case) -> Result<(), Failed> {
+    let dims = spec.case_dims(case);
+    let outcome = verify::check(device, spec, kernel, &dims, SEED)?;
+    match outcome.failure {
+        None => Ok(()),
+        Some(reason) => Err(format!("{} on {} ({dims}: {}): {reason}", kernel.stem, device.id(), case.why).into()),
+    }
+}
+
+/// What must hold of an entry of the table itself.
+fn table(spec: &'static OpSpec) -> Result<(), Failed> {
+    let mut faults = Vec::new();
+    if spec.dims.len() + spec.scalars.len() > 16 {
+        faults.push("more than 16 params".to_string());
+    }
+    for kernel in spec.kernels {
+        if !kernel.stem.starts_with(&format!("{}_", spec.id())) {
+            faults.push(format!("{} does not begin with {}_", kernel.stem, spec.id()));
+        }
+    }
+    if spec.cases.len() < 4 {
+        faults.push("fewer than four cases".to_string());
+    }
+    if faults.is_empty() {
+        Ok(())
+    } else {
+        Err(faults.join("; ").into())
+    }
+}
