@@ -32,6 +32,21 @@ pub enum Error {
         /// What is wrong, in words.
         what: String,
     },
+    /// A model was asked for what it cannot do: more tokens than its context holds, an id beyond its vocabulary.
+    #[error("{0}")]
+    Request(String),
+    /// A device failed or refused.
+    #[error(transparent)]
+    Device(#[from] crate::device::Error),
+    /// The tokenizer refused its files, a text or an id.
+    #[error(transparent)]
+    Tokenizer(#[from] crate::model::tokenizer::Error),
+    /// The chat template failed.
+    #[error(transparent)]
+    Chat(#[from] crate::model::chat::Error),
+    /// The sampler refused its settings or the logits.
+    #[error(transparent)]
+    Sampler(#[from] crate::model::sampler::Error),
 }
 
 impl Error {

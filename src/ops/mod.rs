@@ -23,3 +23,9 @@ pub static OPS: &[&OpSpec] = &[
     &add::ADD,
     &mean_pool::MEAN_POOL,
 ];
+
+/// The op of this name for a weight format, `f32` where it has no weights. Panics when the table has no such op.
+pub fn find(name: &str, format: &str) -> &'static OpSpec {
+    let found = OPS.iter().find(|op| op.name == name && op.format == format);
+    found.unwrap_or_else(|| panic!("the table has no op {name}_{format}"))
+}
