@@ -293,6 +293,9 @@ impl Llama {
     /// Queues the logits of `n` rows of the last pass, from `row` on, at most the head's rows.
     fn queue_logits(&self, session: &Session, row: usize, n: usize) -> Result<(), Error> {
         let (work, row_bytes) = (&session.work, 4 * self.config.hidden);
+        if row == 0 {
+            return self.linear(&work.normed, &self.head, &work.logits, n);
+        }
         self.device.copy(&work.normed, row * row_bytes, &work.tail, 0, n * row_bytes)?;
         self.linear(&work.tail, &self.head, &work.logits, n)
     }

@@ -162,7 +162,7 @@ pub struct Loader<'a> {
 }
 
 impl<'a> Loader<'a> {
-    /// A loader of `checkpoint`'s tensors. An error where the options lower the binding below anything useful.
+    /// A loader of `checkpoint`'s tensors.
     pub fn new(device: &'a dyn Device, checkpoint: &'a Checkpoint, options: &LoadOptions) -> Loader<'a> {
         let limit = device.caps().max_binding;
         let max_binding = options.max_binding.map_or(limit, |lower| lower.min(limit));
