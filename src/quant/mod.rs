@@ -34,7 +34,7 @@ use rayon::prelude::*;
 pub use error::{Error, Result};
 pub use format::{Format, Packed, PartSpec, NF4_BLOCK, NF4_NESTED_BLOCK};
 
-/// Packs `weights` f32[rows, cols] into a format; rows in parallel, the same bytes for any number of threads.
+/// Packs `weights`, `f32[rows, cols]`, into a format; rows in parallel, the same bytes for any number of threads.
 ///
 /// Errors: dims the format cannot hold, another count of weights, a weight that is NaN or infinite (the first, by row
 /// and column), a value, scale or minimum beyond the range of f16.
@@ -54,7 +54,7 @@ pub fn encode(format: Format, rows: usize, cols: usize, weights: &[f32]) -> Resu
     Ok(Packed { format, rows, cols, parts })
 }
 
-/// Writes the values of one row, f32[cols], to `out`. Panics for a row or a length outside the matrix, and for parts
+/// Writes the values of one row, `f32[cols]`, to `out`. Panics for a row or a length outside the matrix, and for parts
 /// that [`Packed::new`] would refuse.
 pub fn decode_row(packed: &Packed, row: usize, out: &mut [f32]) {
     assert!(row < packed.rows, "row {row} of {}", packed.rows);
@@ -67,16 +67,17 @@ pub fn decode_row(packed: &Packed, row: usize, out: &mut [f32]) {
     }
 }
 
-/// All values, f32[rows, cols]; rows in parallel. Panics as [`decode_row`] does.
+/// All values, `f32[rows, cols]`; rows in parallel. Panics as [`decode_row`] does.
 pub fn decode(packed: &Packed) -> Vec<f32> {
     let mut out = vec![0.0; packed.rows * packed.cols];
     out.par_chunks_mut(packed.cols).enumerate().for_each(|(row, out)| decode_row(packed, row, out));
     out
 }
 
-/// The real values f64[rows, cols] behind the formulas, and the magnitude of each: what its rounding errors are
-/// relative to in a kernel that sums scale*Σ(code·x) and min*Σx apart, |scale*code| + |min|; for double-quantized NF4
-/// |LEVELS[code]|*(|code*absmax2| + |offset|); elsewhere |value|. Each is exact or rounded once to f64.
+/// The real values `f64[rows, cols]` behind the formulas, and the magnitude of each: what its rounding errors are
+/// relative to in a kernel that sums scale*Σ(code·x) and min*Σx apart, `|scale*code| + |min|`; for double-quantized
+/// NF4 `|LEVELS[code]|*(|code*absmax2| + |offset|)`; elsewhere the value's own. Products are exact in f64 but for the
+/// level times a rebuilt absmax; a sum rounds once, far below any f32 rounding.
 ///
 /// Takes bare parts because the oracles of kernels hold nothing else. Panics for parts that [`Packed::new`] would
 /// refuse.
@@ -98,8 +99,9 @@ pub fn decode_with_magnitude(parts: &[HostTensor], format: Format, rows: usize, 
 
 /// Refuses the first weight of a row that is NaN or infinite.
 fn check_finite(weights: &[f32], row: usize) -> Result<()> {
-    // One pass without branches first: the sum of v*0 is 0 unless some v is not finite.
-    if weights.iter().map(|v| v * 0.0).sum::<f32>() == 0.0 {
+    // One pass without branches first: bits without the sign order like magnitudes, infinity and NaN above all.
+    let largest = weights.iter().fold(0, |max, w| (w.to_bits() & 0x7fff_ffff).max(max));
+    if f32::from_bits(largest).is_finite() {
         return Ok(());
     }
     match weights.iter().position(|v| !v.is_finite()) {

@@ -1,4 +1,4 @@
-//! NF4 as bitsandbytes stores it: blocks of 64 weights (row-major), 16 levels, w = LEVELS[code] * absmax.
+//! NF4 as bitsandbytes stores it: blocks of 64 weights (row-major), 16 levels, `w = LEVELS[code] * absmax`.
 //!
 //! Encoding gives the bytes of bitsandbytes 0.50.2 on a CPU:
 //!
