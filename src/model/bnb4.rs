@@ -98,7 +98,8 @@ impl Checkpoint {
         let absmax = match state.nested_blocksize {
             None => Absmax::Plain(self.part(&absmax, Encoding::F32, blocks)?),
             Some(NESTED_BLOCK) => {
-                if state.nested_dtype.as_deref() != Some("float32") {
+                // Some versions write the prefix of the type's name, most do not.
+                if state.nested_dtype.as_deref().map(|name| name.trim_start_matches("torch.")) != Some("float32") {
                     let found = quote(&format!("{:?}", state.nested_dtype));
                     return Err(text.wrong(format!("nested_dtype is {found}; only float32 is supported")));
                 }
