@@ -26,7 +26,7 @@ pub struct Bnb4View<'a> {
     pub shape: [usize; 2],
     /// ceil(N·K/2) bytes; value 2i is the high half of byte i.
     pub codes: TensorView<'a>,
-    /// F32 [16]: the value of each code.
+    /// F32, 16 of them: the value of each code.
     pub quant_map: TensorView<'a>,
     /// The scale of each block.
     pub absmax: Absmax<'a>,
@@ -44,7 +44,7 @@ pub enum Absmax<'a> {
         codes: TensorView<'a>,
         /// F32, one a nested block.
         absmax: TensorView<'a>,
-        /// F32 [256].
+        /// F32, 256 of them.
         quant_map: TensorView<'a>,
         /// The mean that was taken off before quantizing.
         offset: f32,
