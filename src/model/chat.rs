@@ -17,6 +17,8 @@ use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{context, Environment, ErrorKind, State};
 use serde::{Deserialize, Serialize};
 
+use super::tokenizer::short;
+
 /// Steps a template may take; a real one takes tens per message. Making 64 bytes of text counts as a step, so a
 /// conversation that is copied ten times over on its way may have 6 MB.
 const FUEL: u64 = 1_000_000;
@@ -167,15 +169,15 @@ fn reason(e: &minijinja::Error) -> String {
         (kind, None) => kind.to_string(),
     };
     match e.line() {
-        Some(line) => format!("line {line}: {what}"),
-        None => what,
+        Some(line) => format!("line {line}: {}", short(&what)),
+        None => short(&what),
     }
 }
 
 /// The first roles, in order, for an error message.
 fn roles(messages: &[Message]) -> String {
     const SHOWN: usize = 8;
-    let mut names: Vec<String> = messages.iter().take(SHOWN).map(|m| m.role.chars().take(20).collect()).collect();
+    let mut names: Vec<String> = messages.iter().take(SHOWN).map(|m| short(&m.role)).collect();
     match messages.len() {
         0 => names.push("none".into()),
         n if n > SHOWN => names.push(format!("… {n} in all")),
