@@ -102,7 +102,8 @@ fn greedy_takes_the_largest_and_the_lowest_id_of_a_tie() {
     assert_eq!(sampler.sample(&[-3.0]), Ok(0));
     assert_eq!(sampler.sample(&[f32::NEG_INFINITY, -1e30, f32::NEG_INFINITY]), Ok(1));
     assert_eq!(sampler.sample(&[-0.0, 0.0]), Ok(0)); // equal numbers
-                                                     // The same by other means: one token is kept, the lowest id of the tie.
+
+    // The same by other means: one token is kept, the lowest id of the tie.
     for one in [SamplerSettings { top_k: 1, ..ALL }, SamplerSettings { top_p: 1e-9, ..ALL }] {
         assert_eq!(Sampler::new(one).unwrap().sample(&[0.0, 2.0, 5.0, 5.0, -1.0]), Ok(2));
     }
