@@ -160,7 +160,7 @@ pub struct Tokenizer {
 impl Tokenizer {
     /// Reads a Hugging Face `tokenizer.json`; its truncation and padding are switched off.
     ///
-    /// BOS is what its post-processor puts first, if anything ([CLS] for BERT). EOS is in other files: see
+    /// BOS is what its post-processor puts first, if anything (`[CLS]` for BERT). EOS is in other files: see
     /// [`Tokenizer::set_ends`].
     pub fn from_json_file(path: &Path) -> Result<Tokenizer, Error> {
         let bytes = std::fs::read(path).map_err(|source| Error::Read { path: path.into(), source })?;
@@ -254,7 +254,7 @@ impl Tokenizer {
         encode().map_err(|e| Error::Encode(e.to_string()))
     }
 
-    /// The ids of `text` framed by the tokenizer's post-processor ([CLS] … [SEP] for BERT), at most `max` of them:
+    /// The ids of `text` framed by the tokenizer's post-processor (`[CLS]` … `[SEP]` for BERT), at most `max` of them:
     /// the text is cut at its end, the frame stays whole. An error if `max` leaves no room for text.
     pub fn encode_sentence(&self, text: &str, max: usize) -> Result<Vec<u32>, Error> {
         let added = self.inner.get_post_processor().map_or(0, |p| p.added_tokens(false));
