@@ -1,6 +1,6 @@
-//! `attention`: y = softmax(scale · q·kᵀ) · v over a span of cached rows for each query row      Vaswani et al. 2017, arXiv
-//! 1706.03762; several query heads to a key head: Ainslie et al. 2023, arXiv 2305.13245
+//! `attention`: y = softmax(scale · q·kᵀ) · v over a span of cached rows         Vaswani et al. 2017, arXiv 1706.03762
 //!
+//! Several query heads may share a key head (Ainslie et al. 2023, arXiv 2305.13245): head h reads key head h/(H/KV).
 //! One rule covers every mask in use: row m sees the rows span[m,0]..span[m,1] of the cache. A causal model gives it
 //! 0..pos+1, packed documents start..pos+1, a bidirectional encoder its sentence start..end, padding an empty span.
 
@@ -38,11 +38,11 @@ pub static ATTENTION: OpSpec = OpSpec {
     tolerance: Tolerance {
         roundings: |d| (d["D"] as f64).sqrt() + (d["C"] as f64).sqrt() + 8.0,
         nmse: 1e-11,
-        why: "a score errs by sqrt(D) independent roundings of scale · Σ|q k|, and minus the largest score by one of the \
-              difference: relative errors of its weight, as exp makes them. Weight errors move y by w (|v| + |y|), and \
-              the sums over at most C rows add sqrt(C) roundings. exp's 1.1 ulp counts 2.2, the quotient, the scale and the \
-              rescaling of a running softmax the rest. Scores of size T make the mean square error T² times a dot \
-              product's",
+        why: "a score errs by sqrt(D) independent roundings of scale · Σ|q k|, and minus the largest score by one of \
+              the difference: relative errors of its weight, as exp makes them. Weight errors move y by w (|v| + |y|), \
+              and the sums over at most C rows add sqrt(C) roundings. exp's 1.1 ulp counts 2.2, the quotient, the \
+              scale and the rescaling of a running softmax the rest. Scores of size T make the mean square error T² \
+              times a dot product's",
     },
     cases: &[
         case_with(&[1, 1, 1, 1, 1], &[1.0], "the smallest"),
@@ -61,17 +61,25 @@ pub static ATTENTION: OpSpec = OpSpec {
         rung("attention_f32_naive", naive, always),
         rung("attention_f32_tiled", |d, args| tiled::launch(d, args, tiled::portable), always),
         #[cfg(target_arch = "x86_64")]
-        rung("attention_f32_tiled_avx2", |d, args| tiled::launch(d, args, tiled::avx2), |_, caps| caps.simd >= Simd::Avx2),
+        rung(
+            "attention_f32_tiled_avx2",
+            |d, args| tiled::launch(d, args, tiled::avx2),
+            |_, caps| caps.simd >= Simd::Avx2,
+        ),
         // With fewer lanes most of a block would be idle.
         #[cfg(target_arch = "x86_64")]
-        rung("attention_f32_tiled_avx512", |d, args| tiled::launch(d, args, tiled::avx512), |d, caps| {
-            caps.simd >= Simd::Avx512 && d["M"] * (d["H"] / d["KV"]) > 48
-        }),
+        rung(
+            "attention_f32_tiled_avx512",
+            |d, args| tiled::launch(d, args, tiled::avx512),
+            |d, caps| caps.simd >= Simd::Avx512 && d["M"] * (d["H"] / d["KV"]) > 48,
+        ),
         rung("attention_f32_decode", |d, args| decode::launch(d, args, decode::portable), |d, _| d["M"] <= 2),
         #[cfg(target_arch = "x86_64")]
-        rung("attention_f32_decode_avx2", |d, args| decode::launch(d, args, decode::avx2), |d, caps| {
-            caps.simd >= Simd::Avx2 && d["M"] <= 2
-        }),
+        rung(
+            "attention_f32_decode_avx2",
+            |d, args| decode::launch(d, args, decode::avx2),
+            |d, caps| caps.simd >= Simd::Avx2 && d["M"] <= 2,
+        ),
     ],
 };
 
@@ -80,9 +88,9 @@ const fn rung(stem: &'static str, body: fn(&Dims, &mut [Slice<'_>]), supports: f
     Kernel { stem, source: Source::Rust(body), act: Dtype::F32, launch: no_grid, supports }
 }
 
-/// Spans by what the dims make likely: one row or M < C, a causal document whose last rows are the queries; M = C with
-/// heads sharing keys, a decoder's packed documents; else an encoder's sentences, each with some padding after it, and the
-/// last row padding.
+/// Spans by what the dims, M ≤ C, make likely: M < C, a causal document whose last rows are the queries; M = C with
+/// heads sharing keys, a decoder's packed documents; else an encoder's sentences, each with some padding after it, and
+/// the last row padding.
 fn spans(d: &Dims, rng: &mut ChaCha8Rng) -> HostTensor {
     let (m, c) = (d["M"], d["C"]);
     let mut span = Vec::with_capacity(2 * m);

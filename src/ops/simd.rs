@@ -1,9 +1,9 @@
 //! Vector arithmetic shared by the CPU kernels: `exp`, sums, and how much work is worth a second thread.
 //!
-//! A kernel's body is plain loops over slices and fixed-size arrays, written once and compiled once for each instruction
-//! set: an `#[inline(always)]` function called from functions with `#[target_feature]`. The constant `FMA` of a body says
-//! whether its instruction set has a fused multiply-add, which Rust never forms by itself and which is a slow library
-//! call where the processor lacks it.
+//! A kernel's body is plain loops over slices and fixed-size arrays, written once and compiled for each instruction
+//! set: an `#[inline(always)]` function called from functions with `#[target_feature]`. The constant `FMA` of a body
+//! says whether its instruction set has a fused multiply-add, which Rust never forms by itself and which is a slow
+//! library call where the processor lacks it.
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
@@ -34,8 +34,8 @@ pub fn mul_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
 /// as processors are slow with denormal numbers.
 ///
 /// x = n·ln 2 + r with |r| ≤ ln 2 / 2 (Cody and Waite 1980); e^r = 1 + r + r²·q(r), q the polynomial of degree 4 whose
-/// largest relative error in e^r is least (Remez exchange; 3.1e-9 = 0.05 ulp). The last sum rounds by half an ulp, r and
-/// r + r²·q by a quarter each, q by little; the worst found over a third of all floats is 1.01.
+/// largest relative error in e^r is least (Remez exchange; 3.1e-9 = 0.05 ulp). The last sum rounds by half an ulp, r
+/// and r + r²·q by a quarter each, q by little; the worst found over a third of all floats is 1.01.
 #[inline(always)]
 pub fn exp<const FMA: bool>(x: f32) -> f32 {
     /// Adding it rounds to an integer, which stands in the low bits.
@@ -185,10 +185,25 @@ mod tests {
     }
 
     #[test]
-    fn sum_takes_every_element_once() {
-        for n in [0, 1, 15, 16, 17, 65] {
+    fn reductions_take_every_element_once() {
+        for n in [0, 1, 7, 15, 16, 17, 65] {
+            // Whole numbers: every sum is exact.
             let x: Vec<f32> = (1..=n).map(|v| v as f32).collect();
+            let y: Vec<f32> = x.iter().map(|v| 2.0 * v - 9.0).collect();
+            let product: f32 = (1..=n).map(|v| (v * (2 * v - 9)) as f32).sum();
             assert_eq!(sum(&x, |v| 2.0 * v), (n * (n + 1)) as f32);
+            assert_eq!((dot::<false>(&x, &y), dot::<true>(&x, &y)), (product, product));
+            #[cfg(target_arch = "x86_64")]
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                // SAFETY: just detected.
+                assert_eq!(unsafe { dot_avx2(&x, &y) }, product);
+            }
+            for i in 0..x.len() {
+                let mut x = x.clone();
+                x[i] = 1e9;
+                assert_eq!(max(&x), 1e9);
+            }
         }
+        assert_eq!(max(&[]), f32::NEG_INFINITY);
     }
 }

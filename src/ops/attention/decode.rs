@@ -2,7 +2,7 @@
 //!
 //! 1. Memory is the limit, so a task reads a range of keys and values once, for all heads that share them.
 //! 2. A row's span is cut into ranges of RANGE keys, so that one row keeps several threads busy; each range leaves its
-//!    largest score, sum of weights and weighted sum of values, which are joined at the end ("split-K", Dao et al. 2023,
+//!    largest score, sum of weights and weighted sum of values, which are joined at the end (Dao et al. 2023,
 //!    Flash-Decoding). The cuts depend on the span alone: the same bits on any number of threads.
 //! 3. Vectors run along D: a score is a dot product.
 

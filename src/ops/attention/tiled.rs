@@ -1,11 +1,11 @@
 //! Attention for many query rows: the CPU kernels `attention_f32_tiled*`.
 //!
-//! 1. A lane is one query row and one of the heads that share a key head. A task takes a block of W lanes of one key head,
-//!    so that a key, once read, serves all of them; its keys are those of any lane's span.
-//! 2. Lanes lie side by side in vectors: queries as [D][W], scores as [key][W], results as [D][W]. Keys and values are read
-//!    where they lie, each number once for W lanes, and softmax needs no sum across a vector.
-//! 3. Keys come in blocks of KEYS with a running largest score and sum (Milakov & Gimelshein 2018, arXiv 1805.02867; Dao et
-//!    al. 2022, arXiv 2205.14135), so that a block's scores stay in L1.
+//! 1. A lane is one query row and one of the heads that share a key head. A task takes a block of W lanes of one key
+//!    head, so that a key, once read, serves all of them; its keys are those of any lane's span.
+//! 2. Lanes lie side by side in vectors: queries as [D][W], scores as [key][W], results as [D][W]. Keys and values are
+//!    read where they lie, each number once for W lanes, and softmax needs no sum across a vector.
+//! 3. Keys come in blocks of KEYS with a running largest score and sum (Milakov & Gimelshein 2018, arXiv 1805.02867;
+//!    Dao et al. 2022, arXiv 2205.14135), so that a block's scores stay in L1.
 //! 4. Both products, scores and results, are one loop over registers: [`accumulate`].
 //! 5. Spans are compared with keys only in blocks where one begins or ends.
 
@@ -101,8 +101,8 @@ pub(super) fn avx512(p: &Problem<'_>, scratch: &mut Scratch<64>, task: &mut Task
     unsafe { body(p, scratch, task) }
 }
 
-/// A task, W lanes at a time; R vectors of W sums in registers. W and R are the fastest of those measured: rustc 1.95 makes
-/// good code of these and very slow code of some others, such as 32 and 8.
+/// A task, W lanes at a time; R vectors of W sums in registers. W and R are the fastest of those measured: rustc 1.95
+/// makes good code of these and very slow code of some others, such as 32 and 8.
 #[inline(always)]
 fn run<const W: usize, const R: usize, const FMA: bool>(
     p: &Problem<'_>,
