@@ -231,3 +231,7 @@ pub(super) fn check_parts(format: Format, rows: usize, cols: usize, parts: &[Hos
     }
     Ok(())
 }
+/// A zeroed tensor for each part of a matrix that passed [`Format::check`].
+pub(super) fn empty_parts(format: Format, rows: usize, cols: usize) -> Vec<HostTensor> {
+    format.parts(rows, cols).iter().map(|spec| HostTensor::zeros(spec.dtype, &spec.dims())).collect()
+}
