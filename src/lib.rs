@@ -5,9 +5,12 @@
 //! [`verify`] (how it is checked), [`model`] (who calls it).
 
 pub mod device;
+pub mod error;
 pub mod model;
 pub mod op;
 pub mod ops;
 pub mod quant;
 pub mod tensor;
 pub mod verify;
+
+pub use error::Error;

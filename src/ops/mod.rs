@@ -1,8 +1,31 @@
 //! The table of ops. A new op is a room here, a line in [`OPS`] and its kernels.
 
+pub mod add;
+pub mod attention;
+pub mod gelu;
+pub mod layernorm;
+pub mod mean_pool;
 pub mod rmsnorm;
+pub mod rope;
+pub mod simd;
+pub mod swiglu;
 
 use crate::op::OpSpec;
 
 /// Every op in every format.
-pub static OPS: &[&OpSpec] = &[&rmsnorm::RMSNORM];
+pub static OPS: &[&OpSpec] = &[
+    &rmsnorm::RMSNORM,
+    &layernorm::LAYERNORM,
+    &rope::ROPE,
+    &attention::ATTENTION,
+    &swiglu::SWIGLU,
+    &gelu::GELU,
+    &add::ADD,
+    &mean_pool::MEAN_POOL,
+];
+
+/// The op of this name for a weight format, `f32` where it has no weights. Panics when the table has no such op.
+pub fn find(name: &str, format: &str) -> &'static OpSpec {
+    let found = OPS.iter().find(|op| op.name == name && op.format == format);
+    found.unwrap_or_else(|| panic!("the table has no op {name}_{format}"))
+}

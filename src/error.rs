@@ -1,0 +1,76 @@
+//! The library's error: which file, which tensor, what is wrong and what to do about it.
+
+use std::path::{Path, PathBuf};
+
+/// What the library answers when something outside it is wrong. Its text stands alone: it names the file and, where
+/// there is one, the tensor, says what was expected and what was found.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The operating system refused a file.
+    #[error("{}: {cause}", path.display())]
+    Io {
+        /// The file or directory.
+        path: PathBuf,
+        /// What the system said.
+        cause: std::io::Error,
+    },
+    /// A file does not hold what its format, or the model it describes, asks for.
+    #[error("{}: {what}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, in words.
+        what: String,
+    },
+    /// One tensor of a file is not what it must be.
+    #[error("{}: tensor {name}: {what}", path.display())]
+    Tensor {
+        /// The file.
+        path: PathBuf,
+        /// The tensor, shortened and escaped by [`quote`] where the name comes from a file.
+        name: String,
+        /// What is wrong, in words.
+        what: String,
+    },
+    /// A model was asked for what it cannot do: more tokens than its context holds, an id beyond its vocabulary.
+    #[error("{0}")]
+    Request(String),
+    /// A device failed or refused.
+    #[error(transparent)]
+    Device(#[from] crate::device::Error),
+    /// The tokenizer refused its files, a text or an id.
+    #[error(transparent)]
+    Tokenizer(#[from] crate::model::tokenizer::Error),
+    /// The chat template failed.
+    #[error(transparent)]
+    Chat(#[from] crate::model::chat::Error),
+    /// The sampler refused its settings or the logits.
+    #[error(transparent)]
+    Sampler(#[from] crate::model::sampler::Error),
+}
+
+impl Error {
+    /// An [`Error::Io`].
+    pub fn io(path: &Path, cause: std::io::Error) -> Error {
+        Error::Io { path: path.to_path_buf(), cause }
+    }
+
+    /// An [`Error::File`].
+    pub fn file(path: &Path, what: impl Into<String>) -> Error {
+        Error::File { path: path.to_path_buf(), what: what.into() }
+    }
+
+    /// An [`Error::Tensor`]; `name` may be anything a file claims, and is quoted.
+    pub fn tensor(path: &Path, name: &str, what: impl Into<String>) -> Error {
+        Error::Tensor { path: path.to_path_buf(), name: quote(name), what: what.into() }
+    }
+}
+
+/// Text from a file, made fit for one line of a message: at most 96 characters, control characters escaped.
+pub fn quote(text: &str) -> String {
+    let mut short: String = text.chars().take(96).flat_map(char::escape_debug).collect();
+    if text.chars().nth(96).is_some() {
+        short.push_str("...");
+    }
+    short
+}

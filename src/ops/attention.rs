@@ -1,0 +1,152 @@
+//! `attention`: y = softmax(scale · q·kᵀ) · v over a span of cached rows for each query row      Vaswani et al. 2017, arXiv
+//! 1706.03762; several query heads to a key head: Ainslie et al. 2023, arXiv 2305.13245
+//!
+//! One rule covers every mask in use: row m sees the rows span[m,0]..span[m,1] of the cache. A causal model gives it
+//! 0..pos+1, packed documents start..pos+1, a bidirectional encoder its sentence start..end, padding an empty span.
+
+use crate::op::*;
+use crate::tensor::{Dtype, HostTensor};
+use rand::RngExt;
+use rand_chacha::ChaCha8Rng;
+
+/// Attention of query rows to spans of a key and value cache.
+pub static ATTENTION: OpSpec = OpSpec {
+    name: "attention",
+    format: "f32",
+    formula: "y[m,h] = Σ_c softmax_c(scale · q[m,h]·k[c,h/(H/KV)]) · v[c,h/(H/KV)], c in span[m,0]..span[m,1]; \
+              0 for an empty span",
+    dims: &["M", "H", "KV", "D", "C"],
+    scalars: &["scale"],
+    args: &[
+        input("q", ArgType::Act, &["M", "H*D"], Fill::Normal),
+        input("k", ArgType::Act, &["C", "KV*D"], Fill::Normal),
+        input("v", ArgType::Act, &["C", "KV*D"], Fill::Normal),
+        input("span", ArgType::Is(Dtype::U32), &["M", "2"], Fill::With(spans)),
+        output("y", ArgType::Act, &["M", "H*D"]),
+    ],
+    oracle,
+    // Of a causal document whose last M of C rows are the queries; other spans are counted as if they were that.
+    cost: |d| {
+        let (m, c) = (d["M"], d["C"]);
+        let pairs = (0..m).map(|i| (c + i + 1).saturating_sub(m)).sum::<usize>();
+        let rows = 2 * m * d["H"] * d["D"] + 2 * c * d["KV"] * d["D"];
+        Cost { flops: (4 * pairs * d["H"] * d["D"]) as u64, bytes: (4 * rows + 8 * m) as u64 }
+    },
+    tolerance: Tolerance {
+        roundings: |d| (d["D"] as f64).sqrt() + (d["C"] as f64).sqrt() + 8.0,
+        nmse: 1e-11,
+        why: "a score errs by sqrt(D) independent roundings of scale · Σ|q k|, and minus the largest score by one of the \
+              difference: relative errors of its weight, as exp makes them. Weight errors move y by w (|v| + |y|), and \
+              the sums over at most C rows add sqrt(C) roundings. exp's 1.1 ulp counts 2.2, the quotient, the scale and the \
+              rescaling of a running softmax the rest. Scores of size T make the mean square error T² times a dot \
+              product's",
+    },
+    cases: &[
+        case_with(&[1, 1, 1, 1, 1], &[1.0], "the smallest"),
+        case_with(&[7, 2, 1, 33, 7], &[0.2], "odd head width, two heads to a key head, packed documents"),
+        case_with(&[33, 3, 3, 32, 33], &[0.177], "bidirectional sentences and padding"),
+        case_with(&[65, 6, 2, 7, 257], &[0.378], "causal after a cache, one row past a block"),
+        case_with(&[257, 4, 2, 16, 257], &[0.25], "packed documents longer than a block of keys"),
+        case_with(&[3, 9, 3, 64, 65], &[0.125], "few rows: drafts to verify"),
+        case_with(&[1, 9, 3, 64, 257], &[0.125], "decode"),
+        case_with(&[1, 7, 1, 65, 33], &[3.0], "decode with large scores and odd sizes"),
+        case_with(&[128, 12, 12, 32, 128], &[0.177], "MiniLM"),
+        case_with(&[128, 9, 3, 64, 257], &[0.125], "SmolLM2-135M"),
+    ],
+    kernels: &[Kernel {
+        stem: "attention_f32_naive",
+        source: Source::Rust(naive),
+        act: Dtype::F32,
+        launch: no_grid,
+        supports: always,
+    }],
+};
+
+/// Spans by what the dims make likely: one row or M < C, a causal document whose last rows are the queries; M = C with
+/// heads sharing keys, a decoder's packed documents; else an encoder's sentences, each with some padding after it.
+fn spans(d: &Dims, rng: &mut ChaCha8Rng) -> HostTensor {
+    let (m, c) = (d["M"], d["C"]);
+    let mut span = Vec::with_capacity(2 * m);
+    if m < c {
+        (0..m).for_each(|row| span.extend([0, c - m + row + 1]));
+    }
+    while span.len() < 2 * m {
+        let start = span.len() / 2;
+        let length = rng.random_range(1..=(m - start).min(m / 2 + 1));
+        let tokens = rng.random_range(length.div_ceil(2)..=length);
+        for row in start..start + length {
+            let causal = d["H"] > d["KV"];
+            span.extend(match row {
+                _ if causal => [start, row + 1],
+                _ if row < start + tokens => [start, start + tokens],
+                _ => [row, row],
+            });
+        }
+    }
+    HostTensor::from_u32(&[m, 2], &span.iter().map(|&v| v as u32).collect::<Vec<_>>())
+}
+
+/// The definition in f64: scores, weights, weighted mean.
+fn oracle(d: &Dims, args: &[HostTensor]) -> Vec<Expected> {
+    let (h, kv, dim, scale) = (d["H"], d["KV"], d["D"], d.scalar("scale") as f64);
+    let (q, k, v, span) = (args[0].to_f64(), args[1].to_f64(), args[2].to_f64(), args[3].u32());
+
+    let mut expected = Expected { value: vec![0.0; q.len()], magnitude: vec![0.0; q.len()] };
+    for (i, q) in q.chunks(dim).enumerate() {
+        let (m, head) = (i / h, i % h);
+        let cached = span[2 * m] as usize..span[2 * m + 1] as usize;
+        let row = |c: usize| (c * kv + head / (h / kv)) * dim..(c * kv + head / (h / kv) + 1) * dim;
+
+        // A score, and the sum of the sizes of its terms.
+        let scores: Vec<(f64, f64)> = cached
+            .clone()
+            .map(|c| {
+                q.iter().zip(&k[row(c)]).map(|(q, k)| scale * q * k).fold((0.0, 0.0), |s, t| (s.0 + t, s.1 + t.abs()))
+            })
+            .collect();
+        let largest = scores.iter().fold(f64::NEG_INFINITY, |max, s| max.max(s.0));
+        let total: f64 = scores.iter().map(|s| (s.0 - largest).exp()).sum();
+        let weights: Vec<f64> = scores.iter().map(|s| (s.0 - largest).exp() / total).collect();
+
+        let value = &mut expected.value[i * dim..(i + 1) * dim];
+        for (c, w) in cached.clone().zip(&weights) {
+            for (y, v) in value.iter_mut().zip(&v[row(c)]) {
+                *y += w * v;
+            }
+        }
+        let magnitude = &mut expected.magnitude[i * dim..(i + 1) * dim];
+        for ((c, w), (score, size)) in cached.zip(&weights).zip(&scores) {
+            for ((error, v), y) in magnitude.iter_mut().zip(&v[row(c)]).zip(&*value) {
+                *error += w * (v.abs() + y.abs()) * (1.0 + size + (largest - score));
+            }
+        }
+    }
+    vec![expected]
+}
+
+/// CPU, plain: one query row and head after another, as the formula says.
+fn naive(d: &Dims, args: &mut [Slice<'_>]) {
+    let (h, kv, dim, scale) = (d["H"], d["KV"], d["D"], d.scalar("scale"));
+    let [q, k, v, span, y] = args else { unreachable!("five arguments") };
+    let (q, k, v, span) = (q.f32(), k.f32(), v.f32(), span.u32());
+
+    let mut weights = Vec::new();
+    for (i, (y, q)) in y.f32_mut().chunks_mut(dim).zip(q.chunks(dim)).enumerate() {
+        let (m, head) = (i / h, i % h);
+        let cached = span[2 * m] as usize..span[2 * m + 1] as usize;
+        let row = |c: usize| (c * kv + head / (h / kv)) * dim..(c * kv + head / (h / kv) + 1) * dim;
+
+        weights.clear();
+        weights.extend(cached.clone().map(|c| scale * q.iter().zip(&k[row(c)]).map(|(q, k)| q * k).sum::<f32>()));
+        let largest = weights.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        weights.iter_mut().for_each(|w| *w = (*w - largest).exp());
+        let total = weights.iter().sum::<f32>();
+
+        y.fill(0.0);
+        for (c, w) in cached.zip(&weights) {
+            for (y, v) in y.iter_mut().zip(&v[row(c)]) {
+                *y += w / total * v;
+            }
+        }
+    }
+}
