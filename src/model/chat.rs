@@ -6,22 +6,37 @@
 //! tags `{% generation %}` … `{% endgeneration %}`, which mark what the assistant says and print nothing.
 //! `tools` and `documents` are none.
 //!
-//! A template comes from a stranger's file: it can loop or build strings only until its fuel is spent, and it reaches
-//! no file, no network and no other template.
+//! A template comes from a stranger's file. It reaches no file, no network and no other template; fuel bounds its steps
+//! and the text it builds, a thread of its own bounds its depth and its time.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::{mpsc, Arc};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Value, ValueKind};
-use minijinja::{context, Environment, ErrorKind};
+use minijinja::{context, Environment, ErrorKind, State};
 use serde::{Deserialize, Serialize};
 
-/// Steps a template may take whatever the messages are; a real one takes tens per message. Creating 64 bytes of text
-/// counts as a step, so this is also a limit of 128 MB.
-const FUEL: u64 = 2_000_000;
+use super::tokenizer::short;
 
-/// The most that `tojson` prints, bytes and levels.
-const JSON_LIMIT: usize = 16 << 20;
+/// Steps a template may take; a real one takes tens per message. Making 64 bytes of text counts as a step, so a
+/// conversation that is copied ten times over on its way may have 6 MB.
+const FUEL: u64 = 1_000_000;
+
+/// Bytes of template; real ones have up to some tens of thousands.
+const MAX_TEMPLATE: usize = 256 << 10;
+
+/// Stack of the thread that parses and renders. A step can nest a value once more and two bytes of source an
+/// expression, and dropping, comparing or compiling what is nested recurses: up to about 800 bytes a level.
+/// Reserved, not touched.
+const STACK: usize = 256 << 20;
+
+/// How long a template may take. Fuel ends every loop long before; what it does not count is, say, comparing a list
+/// of two lists of two lists … with another.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// The most bytes that one call of `tojson` or of a method that multiplies makes, and the levels of `tojson`.
+const TEXT_LIMIT: usize = 16 << 20;
 const JSON_DEPTH: usize = 64;
 
 const NAME: &str = "chat template";
@@ -45,20 +60,13 @@ impl Message {
 /// A template that does not parse, or that refuses the messages.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The template is not in the dialect.
-    #[error("the chat template does not parse: line {line}: {reason}")]
-    Syntax {
-        /// The line in the template, from 1.
-        line: usize,
-        /// What the parser said.
-        reason: String,
-    },
-    /// The template refused the messages, or ran out of fuel.
-    #[error("the chat template failed: line {line}: {reason} (messages: {roles})")]
+    /// The template is not in the dialect; the text names its line.
+    #[error("the chat template does not parse: {0}")]
+    Syntax(String),
+    /// The template refused the messages, or did too much work.
+    #[error("the chat template failed: {reason} (messages: {roles})")]
     Render {
-        /// The line in the template, from 1.
-        line: usize,
-        /// What it raised.
+        /// The template's line and what it raised.
         reason: String,
         /// The messages' roles, in order.
         roles: String,
@@ -66,8 +74,9 @@ pub enum Error {
 }
 
 /// A parsed chat template with the model's BOS and EOS.
+#[derive(Clone)]
 pub struct ChatTemplate {
-    env: Environment<'static>,
+    env: Arc<Environment<'static>>,
     bos: String,
     eos: String,
 }
@@ -76,59 +85,99 @@ impl ChatTemplate {
     /// Parses `template`; `bos` and `eos` are the texts of the model's tokens, empty where it has none.
     /// Errors name the template's line.
     pub fn from_str(template: &str, bos: &str, eos: &str) -> Result<ChatTemplate, Error> {
-        let mut env = Environment::new();
-        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-        env.set_syntax(syntax.map_err(|e| Error::Syntax { line: 1, reason: reason(&e) })?);
-        env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        env.add_function("raise_exception", raise_exception);
-        env.add_function("strftime_now", strftime_now);
-        env.add_filter("tojson", to_json);
-        env.add_template_owned(NAME, without_generation_tags(template))
-            .map_err(|e| Error::Syntax { line: e.line().unwrap_or(1), reason: reason(&e) })?;
-        Ok(ChatTemplate { env, bos: bos.into(), eos: eos.into() })
+        if template.len() > MAX_TEMPLATE {
+            let what = format!("it has {} bytes; {MAX_TEMPLATE} are allowed", template.len());
+            return Err(Error::Syntax(what));
+        }
+        let source = without_generation_tags(template);
+        let env = apart(move || environment(source)).map_err(Error::Syntax)?;
+        Ok(ChatTemplate { env: Arc::new(env), bos: bos.into(), eos: eos.into() })
     }
 
     /// The text of `messages`, with the opening of an assistant's turn after them if `add_generation_prompt`.
     /// Errors name the template's line and the messages' roles.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, Error> {
-        let bytes: usize = messages.iter().map(|m| m.role.len() + m.content.len()).sum();
-        let mut env = self.env.clone();
-        env.set_fuel(Some(FUEL + bytes as u64));
-        let messages_value: Vec<Value> =
-            messages.iter().map(|m| context! { role => &m.role, content => &m.content }).collect();
+        let message = |m: &Message| context! { role => &m.role, content => &m.content };
         let values = context! {
-            messages => messages_value,
+            messages => messages.iter().map(message).collect::<Vec<Value>>(),
             add_generation_prompt => add_generation_prompt,
             bos_token => &self.bos,
             eos_token => &self.eos,
             tools => (),
             documents => (),
         };
-        env.get_template(NAME).and_then(|t| t.render(values)).map_err(|e| Error::Render {
-            line: e.line().unwrap_or(1),
-            reason: reason(&e),
-            roles: roles(messages),
-        })
+        let env = self.env.clone();
+        apart(move || env.get_template(NAME).and_then(|t| t.render(values)).map_err(|e| reason(&e)))
+            .map_err(|reason| Error::Render { reason, roles: roles(messages) })
     }
 }
 
-/// What an error says, without the template's name and line.
-fn reason(e: &minijinja::Error) -> String {
-    let kind = match e.kind() {
-        ErrorKind::OutOfFuel => "it does too much work for these messages (an endless loop?)".into(),
-        kind => kind.to_string(),
+/// The dialect with the one template in it.
+fn environment(source: String) -> Result<Environment<'static>, String> {
+    let mut env = Environment::new();
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+    env.set_syntax(syntax.map_err(|e| reason(&e))?);
+    env.set_debug(false); // an error would hold the values it met
+    env.set_fuel(Some(FUEL));
+    env.set_unknown_method_callback(python_method);
+    env.add_function("raise_exception", raise_exception);
+    env.add_function("strftime_now", strftime_now);
+    env.add_filter("tojson", to_json);
+    env.add_template_owned(NAME, source).map_err(|e| reason(&e))?;
+    Ok(env)
+}
+
+/// Python's methods of strings, dicts and lists. Fuel charges a result once it is there; the three that multiply are
+/// checked before.
+fn python_method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, minijinja::Error> {
+    let text = |i: usize| args.get(i).and_then(Value::as_str).unwrap_or_default();
+    let grown = match (value.as_str(), name) {
+        (Some(s), "replace") => s.matches(text(0)).count().saturating_mul(text(1).len()),
+        (Some(s), "join") => args.first().and_then(Value::len).unwrap_or(0).saturating_mul(s.len()),
+        (Some(s), "format") => {
+            let widths = s.split(|c: char| !c.is_ascii_digit()).filter(|n| !n.is_empty());
+            widths.map(|n| n.parse().unwrap_or(usize::MAX)).max().unwrap_or(0)
+        }
+        _ => 0,
     };
-    match e.detail() {
-        Some(detail) if e.kind() == ErrorKind::InvalidOperation => detail.into(), // raise_exception's own words
-        Some(detail) => format!("{kind}: {detail}"),
-        None => kind,
+    if grown > TEXT_LIMIT {
+        return Err(minijinja::Error::from(ErrorKind::OutOfFuel));
+    }
+    minijinja_contrib::pycompat::unknown_method_callback(state, value, name, args)
+}
+
+/// Does `work` on a thread with [`STACK`], for at most [`DEADLINE`]. What overruns is left behind: it owns its values.
+fn apart<T: Send + 'static>(work: impl FnOnce() -> Result<T, String> + Send + 'static) -> Result<T, String> {
+    let (sender, receiver) = mpsc::channel();
+    let thread = std::thread::Builder::new().name("chat template".into()).stack_size(STACK);
+    let started = thread.spawn(move || {
+        let _ = sender.send(work()); // nobody listens any more after the deadline
+    });
+    started.map_err(|e| format!("no thread for it: {e}"))?;
+    receiver.recv_timeout(DEADLINE).unwrap_or_else(|e| match e {
+        mpsc::RecvTimeoutError::Timeout => Err(format!("it took longer than {} s", DEADLINE.as_secs())),
+        mpsc::RecvTimeoutError::Disconnected => Err("it broke the template engine".into()),
+    })
+}
+
+/// The template's line and what is wrong there.
+fn reason(e: &minijinja::Error) -> String {
+    let what = match (e.kind(), e.detail()) {
+        (ErrorKind::OutOfFuel, _) => "it does too much work for these messages (an endless loop?)".into(),
+        (ErrorKind::InvalidOperation, Some(detail)) => detail.into(), // raise_exception's own words
+        (kind, Some(detail)) => format!("{kind}: {detail}"),
+        (kind, None) => kind.to_string(),
+    };
+    match e.line() {
+        Some(line) => format!("line {line}: {}", short(&what)),
+        None => short(&what),
     }
 }
 
 /// The first roles, in order, for an error message.
 fn roles(messages: &[Message]) -> String {
     const SHOWN: usize = 8;
-    let mut names: Vec<String> = messages.iter().take(SHOWN).map(|m| m.role.chars().take(20).collect()).collect();
+    let mut names: Vec<String> = messages.iter().take(SHOWN).map(|m| short(&m.role)).collect();
     match messages.len() {
         0 => names.push("none".into()),
         n if n > SHOWN => names.push(format!("… {n} in all")),
@@ -232,8 +281,8 @@ fn to_json(value: &Value, kwargs: Kwargs) -> Result<Value, minijinja::Error> {
 /// Lists within lists can print far larger than they are in memory, and deeper than the stack: both are bounded here.
 fn write_json(out: &mut String, value: &Value, indent: Option<usize>, depth: usize) -> Result<(), minijinja::Error> {
     let failed = |what: String| Err(minijinja::Error::new(ErrorKind::BadSerialization, what));
-    if depth > JSON_DEPTH || out.len() > JSON_LIMIT {
-        return failed(format!("tojson takes {JSON_DEPTH} levels and {JSON_LIMIT} bytes at most"));
+    if depth > JSON_DEPTH || out.len() > TEXT_LIMIT {
+        return failed(format!("tojson takes {JSON_DEPTH} levels and {TEXT_LIMIT} bytes at most"));
     }
     let line = |out: &mut String, depth: usize| {
         if let Some(n) = indent {

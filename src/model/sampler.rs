@@ -1,4 +1,4 @@
-//! Choosing the next token from logits f32[V]: greedy, or a seeded draw from a truncated, tempered softmax.
+//! Choosing the next token from logits `f32[V]`: greedy, or a seeded draw from a truncated, tempered softmax.
 //!
 //! ```text
 //! top_k        keep the k largest logits
@@ -97,7 +97,7 @@ impl Sampler {
         &self.settings
     }
 
-    /// The next token id from `logits` f32[V]. −infinity masks a token; NaN and +infinity are errors.
+    /// The next token id from `logits`, `f32[V]`. −infinity masks a token; NaN and +infinity are errors.
     /// Takes one number from the seeded sequence per call, none when greedy.
     pub fn sample(&mut self, logits: &[f32]) -> Result<u32, Error> {
         let best = argmax(logits)?;

@@ -98,7 +98,7 @@ pub const PRE_TOKENIZERS: &[PreTokenizerSpec] = &[
     PreTokenizerSpec {
         names: &["llama-bpe", "llama3", "llama-v3"],
         splits: &[concat!(
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|",
+            r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|",
             r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
         )],
         ignore_merges: true,
@@ -106,7 +106,7 @@ pub const PRE_TOKENIZERS: &[PreTokenizerSpec] = &[
     PreTokenizerSpec {
         names: &["qwen2"],
         splits: &[concat!(
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|",
+            r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|",
             r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
         )],
         ignore_merges: false,
@@ -160,11 +160,11 @@ pub struct Tokenizer {
 impl Tokenizer {
     /// Reads a Hugging Face `tokenizer.json`; its truncation and padding are switched off.
     ///
-    /// BOS is what its post-processor puts first, if anything ([CLS] for BERT). EOS is in other files: see
+    /// BOS is what its post-processor puts first, if anything (`[CLS]` for BERT). EOS is in other files: see
     /// [`Tokenizer::set_ends`].
     pub fn from_json_file(path: &Path) -> Result<Tokenizer, Error> {
         let bytes = std::fs::read(path).map_err(|source| Error::Read { path: path.into(), source })?;
-        let broken = |reason: String| Error::Json { path: path.into(), reason };
+        let broken = |reason: String| Error::Json { path: path.into(), reason: short(&reason) };
         // The parser indexes by what the file claims (a merge longer than every token, a template without its token),
         // so a hostile file can make it panic: caught here, with a first encoding, and told as an error.
         catch_unwind(AssertUnwindSafe(|| Tokenizer::from_json(&bytes)))
@@ -179,6 +179,7 @@ impl Tokenizer {
         let largest = inner.get_vocab(true).into_iter().max_by_key(|(_, id)| *id);
         let (token, id) = largest.ok_or("its vocabulary is empty")?;
         if id >= 1 << 24 {
+            let token = short(&token);
             return Err(format!("token '{token}' has id {id}; no vocabulary reaches {}", 1 << 24));
         }
         let byte_level = matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_)));
@@ -194,12 +195,12 @@ impl Tokenizer {
     /// errors name the token, merge or id.
     pub fn from_gguf(v: GgufVocab) -> Result<Tokenizer, Error> {
         if v.model != "gpt2" {
-            return Err(Error::Model(v.model.into()));
+            return Err(Error::Model(short(v.model)));
         }
         let pre = PRE_TOKENIZERS
             .iter()
             .find(|p| p.names.contains(&v.pre))
-            .ok_or_else(|| Error::PreTokenizer(v.pre.into()))?;
+            .ok_or_else(|| Error::PreTokenizer(short(v.pre)))?;
         let (vocab, merges) = check_gguf(&v)?;
 
         let broken = |e: tokenizers::Error| Error::Vocabulary(e.to_string());
@@ -231,6 +232,9 @@ impl Tokenizer {
     }
 
     /// The ids of `text`. Special tokens written in the text, such as `<|im_start|>`, are recognised; no BOS is added.
+    ///
+    /// A byte that the vocabulary has no token for is dropped, as everywhere (SmolLM2 lacks 21, such as U+0004). After
+    /// a blank run of a million characters the rest of the text is merged as one piece: the regex engine's limit.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, Error> {
         let encoding = self.inner.encode_fast(text, false).map_err(|e| Error::Encode(e.to_string()))?;
         Ok(encoding.get_ids().to_vec())
@@ -250,7 +254,7 @@ impl Tokenizer {
         encode().map_err(|e| Error::Encode(e.to_string()))
     }
 
-    /// The ids of `text` framed by the tokenizer's post-processor ([CLS] … [SEP] for BERT), at most `max` of them:
+    /// The ids of `text` framed by the tokenizer's post-processor (`[CLS]` … `[SEP]` for BERT), at most `max` of them:
     /// the text is cut at its end, the frame stays whole. An error if `max` leaves no room for text.
     pub fn encode_sentence(&self, text: &str, max: usize) -> Result<Vec<u32>, Error> {
         let added = self.inner.get_post_processor().map_or(0, |p| p.added_tokens(false));
@@ -460,9 +464,14 @@ fn byte_of(c: char) -> Option<u8> {
 type Vocab = HashMap<String, u32>;
 type Merges = Vec<(String, String)>;
 
+/// Text from a file, fit for one line of a message: at most 200 characters, control characters as U+FFFD.
+pub(super) fn short(text: &str) -> String {
+    text.chars().take(200).map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+}
+
 /// The vocabulary and merges of a GGUF file, every array checked against the others.
 fn check_gguf(v: &GgufVocab) -> Result<(Vocab, Merges), Error> {
-    let broken = |what: String| Err(Error::Vocabulary(what));
+    let broken = |what: String| Err(Error::Vocabulary(short(&what)));
     let count = v.tokens.len();
     if count == 0 || count > 1 << 24 {
         return broken(format!("tokenizer.ggml.tokens has {count} tokens"));
