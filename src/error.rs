@@ -60,6 +60,15 @@ impl Error {
         Error::File { path: path.to_path_buf(), what: what.into() }
     }
 
+    /// An [`Error::File`] for JSON text that is not what was expected: line, column, and what the parser says.
+    pub fn json(path: &Path, cause: &serde_json::Error) -> Error {
+        let (line, column) = (cause.line(), cause.column());
+        // The parser ends its message with the place too; said first, it outlives the shortening.
+        let said = cause.to_string();
+        let said = said.strip_suffix(&format!(" at line {line} column {column}")).unwrap_or(&said);
+        Error::file(path, format!("line {line} column {column}: {}", shorten(said, 320)))
+    }
+
     /// An [`Error::Tensor`]; `name` may be anything a file claims, and is quoted.
     pub fn tensor(path: &Path, name: &str, what: impl Into<String>) -> Error {
         Error::Tensor { path: path.to_path_buf(), name: quote(name), what: what.into() }
@@ -68,8 +77,12 @@ impl Error {
 
 /// Text from a file, made fit for one line of a message: at most 96 characters, control characters escaped.
 pub fn quote(text: &str) -> String {
-    let mut short: String = text.chars().take(96).flat_map(char::escape_debug).collect();
-    if text.chars().nth(96).is_some() {
+    shorten(text, 96)
+}
+
+fn shorten(text: &str, max: usize) -> String {
+    let mut short: String = text.chars().take(max).flat_map(char::escape_debug).collect();
+    if text.chars().nth(max).is_some() {
         short.push_str("...");
     }
     short

@@ -26,7 +26,7 @@ pub struct Bnb4View<'a> {
     pub shape: [usize; 2],
     /// ceil(N·K/2) bytes; value 2i is the high half of byte i.
     pub codes: TensorView<'a>,
-    /// F32 [16]: the value of each code.
+    /// F32, 16 of them: the value of each code.
     pub quant_map: TensorView<'a>,
     /// The scale of each block.
     pub absmax: Absmax<'a>,
@@ -44,7 +44,7 @@ pub enum Absmax<'a> {
         codes: TensorView<'a>,
         /// F32, one a nested block.
         absmax: TensorView<'a>,
-        /// F32 [256].
+        /// F32, 256 of them.
         quant_map: TensorView<'a>,
         /// The mean that was taken off before quantizing.
         offset: f32,
@@ -98,7 +98,8 @@ impl Checkpoint {
         let absmax = match state.nested_blocksize {
             None => Absmax::Plain(self.part(&absmax, Encoding::F32, blocks)?),
             Some(NESTED_BLOCK) => {
-                if state.nested_dtype.as_deref() != Some("float32") {
+                // Some versions write the prefix of the type's name, most do not.
+                if state.nested_dtype.as_deref().map(|name| name.trim_start_matches("torch.")) != Some("float32") {
                     let found = quote(&format!("{:?}", state.nested_dtype));
                     return Err(text.wrong(format!("nested_dtype is {found}; only float32 is supported")));
                 }

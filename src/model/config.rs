@@ -68,7 +68,7 @@ pub enum Activation {
     Gelu,
 }
 
-/// A model's sizes and constants, all checked: see [`Config::check`].
+/// A model's sizes and constants, all checked when it was opened.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
     /// Architecture.

@@ -36,7 +36,8 @@ const fn ggml(id: u32, name: &'static str, values: usize, bytes: usize) -> GgmlT
     GgmlType { id, name, values, bytes }
 }
 
-/// Every type in use today. Ids missing here were withdrawn, or are unknown; both are refused.
+/// Every type that files hold today. Ids missing here were withdrawn, exist only while computing (Q8_1, Q8_K) or are
+/// unknown; all are refused.
 const GGML_TYPES: &[GgmlType] = &[
     ggml(0, "F32", 1, 4),
     ggml(1, "F16", 1, 2),
@@ -45,13 +46,11 @@ const GGML_TYPES: &[GgmlType] = &[
     ggml(6, "Q5_0", 32, 22),
     ggml(7, "Q5_1", 32, 24),
     ggml(8, "Q8_0", 32, 34),
-    ggml(9, "Q8_1", 32, 36),
     ggml(10, "Q2_K", 256, 84),
     ggml(11, "Q3_K", 256, 110),
     ggml(12, "Q4_K", 256, 144),
     ggml(13, "Q5_K", 256, 176),
     ggml(14, "Q6_K", 256, 210),
-    ggml(15, "Q8_K", 256, 292),
     ggml(16, "IQ2_XXS", 256, 66),
     ggml(17, "IQ2_XS", 256, 74),
     ggml(18, "IQ3_XXS", 256, 98),
@@ -70,6 +69,9 @@ const GGML_TYPES: &[GgmlType] = &[
     ggml(34, "TQ1_0", 256, 54),
     ggml(35, "TQ2_0", 256, 66),
     ggml(39, "MXFP4", 32, 17),
+    ggml(40, "NVFP4", 64, 36),
+    ggml(41, "Q1_0", 128, 18),
+    ggml(42, "Q2_0", 64, 18),
 ];
 
 /// The type with this id, if it is one in use.
@@ -480,7 +482,7 @@ impl<'a> Cursor<'a> {
         let wrong = |what: String| Error::tensor(self.path, name, what);
         let Some(kind) = ggml_type(id) else {
             return Err(wrong(format!(
-                "has the ggml type {id}, which is unknown or withdrawn: convert the model again"
+                "has the ggml type {id}, which is unknown or not for files: convert the model again"
             )));
         };
         let elements = shape.iter().try_fold(1u64, |product, &dim| product.checked_mul(dim));

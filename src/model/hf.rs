@@ -60,7 +60,7 @@ impl HfDir {
     /// directory without `config.json` or safetensors, an index that names anything but files beside it, shards that
     /// are missing or lack a tensor the index promises, tensors in two shards, and whatever [`Shard::open`] refuses.
     pub fn open(path: &Path) -> Result<HfDir, Error> {
-        if !path.join("config.json").exists() {
+        if path.join("config.json").symlink_metadata().is_err() {
             return Err(Error::file(path, "holds no config.json: not a Hugging Face model directory"));
         }
         let single = path.join("model.safetensors");
@@ -115,7 +115,7 @@ impl HfDir {
             let what = format!("takes {} bytes; JSON files of up to {MAX_JSON} are read", mmap.len());
             return Err(Error::file(&path, what));
         }
-        serde_json::from_slice(&mmap).map(Some).map_err(|error| Error::file(&path, quote(&error.to_string())))
+        serde_json::from_slice(&mmap).map(Some).map_err(|error| Error::json(&path, &error))
     }
 }
 
@@ -170,8 +170,7 @@ impl Shard {
             return Err(Error::file(path, format!("has a header of {length} bytes; up to {MAX_JSON} are read")));
         }
         let (text, data) = rest.split_at(length);
-        let Header(mut entries) = serde_json::from_slice(text)
-            .map_err(|error| Error::file(path, format!("header: {}", quote(&error.to_string()))))?;
+        let Header(mut entries) = serde_json::from_slice(text).map_err(|error| Error::json(path, &error))?;
 
         let mut names = BTreeSet::new();
         let mut tensors = Vec::new();
@@ -183,7 +182,7 @@ impl Shard {
             let stored = check(name, info, 8 + length, data.len()).map_err(|what| Error::tensor(path, name, what))?;
             tensors.push(stored);
         }
-        // The crate holds the rule for the whole: in order of offset, tensors follow each other without hole or overlap.
+        // The crate holds the rule for the whole: by offset, tensors follow each other without hole or overlap.
         let metadata = Metadata::new(None, entries).map_err(|error| match error {
             SafeTensorError::InvalidOffset(name) => {
                 Error::tensor(path, &name, "does not begin where the tensor before it ends: bytes shared or left over")
@@ -217,17 +216,20 @@ fn check(name: &str, info: &TensorInfo, data: usize, len: usize) -> Result<Store
         Dtype::BOOL => Encoding::Bool,
         other => return Err(format!("is stored as {other}, which is not supported: convert the model to BF16")),
     };
+    if info.shape.len() > 8 {
+        return Err(format!("has {} dims; up to 8 are read", info.shape.len()));
+    }
     let (begin, end) = info.data_offsets;
     if begin > end || end > len {
         return Err(format!("claims bytes {begin} to {end} of {len}: truncated? fetch the file again"));
     }
     let elements = info.shape.iter().try_fold(1usize, |product, &dim| product.checked_mul(dim));
     let Some(bytes) = elements.and_then(|elements| elements.checked_mul(info.dtype.bitsize() / 8)) else {
-        return Err(format!("its shape {} overflows", quote(&format!("{:?}", info.shape))));
+        return Err(format!("its shape {:?} overflows", info.shape));
     };
     if bytes != end - begin {
-        let (shape, found) = (quote(&format!("{:?}", info.shape)), end - begin);
-        return Err(format!("its shape {shape} of {} takes {bytes} bytes, not {found}", encoding.name()));
+        let (shape, found) = (&info.shape, end - begin);
+        return Err(format!("its shape {shape:?} of {} takes {bytes} bytes, not {found}", encoding.name()));
     }
     Ok(StoredTensor { name: name.to_string(), encoding, shape: info.shape.clone(), offset: data + begin, len: bytes })
 }

@@ -115,8 +115,8 @@ fn check(checkpoint: &Checkpoint, name: &str, expected: &[usize]) -> Result<(), 
         }
     }
     if tensor.shape != expected {
-        let found = crate::error::quote(&format!("{:?}", tensor.shape));
-        return Err(tensor.wrong(format!("has shape {found}; the config asks for {expected:?} (outermost first)")));
+        let found = &tensor.shape;
+        return Err(tensor.wrong(format!("has shape {found:?}; the config asks for {expected:?} (outermost first)")));
     }
     Ok(())
 }
