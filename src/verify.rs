@@ -195,7 +195,7 @@ fn compare(
         let error = (got[i] - value).abs();
         error_squares += error * error;
         squares += value * value;
-        let share = if error.is_nan() { f64::INFINITY } else { error / bound };
+        let share = if (error / bound).is_nan() { f64::INFINITY } else { error / bound };
         if share > outcome.share || outcome.worst.is_none() {
             outcome.share = outcome.share.max(share);
             let index = unravel(i, &arg.shape(dims));
@@ -206,13 +206,13 @@ fn compare(
     // NaN stands for itself here: it fails the comparison below.
     outcome.nmse = if nmse > outcome.nmse || nmse.is_nan() { nmse } else { outcome.nmse };
     let allowed = spec.tolerance.nmse * (unit / Dtype::F32.unit_roundoff()).powi(2);
-    if !(outcome.share <= 1.0) {
+    if outcome.share > 1.0 {
         let worst = outcome.worst.as_ref().expect("a share comes from an element");
         outcome.fail(format!(
             "{}{:?}: got {:e}, expected {:e}, {:.2} times the tolerance {:.3e}",
             worst.arg, worst.index, worst.got, worst.expected, outcome.share, worst.bound
         ));
-    } else if !(nmse <= allowed) {
+    } else if nmse > allowed || nmse.is_nan() {
         outcome.fail(format!("{}: normalised mean square error {nmse:.2e}, allowed {allowed:.2e}", arg.name));
     }
 }

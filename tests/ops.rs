@@ -1,7 +1,7 @@
 //! Devices × ops × kernels × cases: every kernel of the table against its oracle, one test each.
 
 use handmill::device::{cpu::Cpu, Device};
-use handmill::op::{Case, Kernel, OpSpec};
+use handmill::op::{Case, DeviceKind, Kernel, OpSpec, Simd};
 use handmill::{ops::OPS, verify};
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::sync::Arc;
@@ -47,6 +47,23 @@ fn table(spec: &'static OpSpec) -> Result<(), Failed> {
     for kernel in spec.kernels {
         if !kernel.stem.starts_with(&format!("{}_", spec.id())) {
             faults.push(format!("{} does not begin with {}_", kernel.stem, spec.id()));
+        }
+    }
+    // What each CPU rung supports, seen from processors of every width.
+    for simd in [Simd::Portable, Simd::Avx2, Simd::Avx512] {
+        let mut caps = Cpu::new().caps().clone();
+        caps.simd = simd;
+        for case in spec.cases {
+            let dims = spec.case_dims(case);
+            if spec.choose(&dims, &caps).is_none() {
+                faults.push(format!("no kernel for {dims} on a CPU with {simd:?}"));
+            }
+        }
+        for kernel in spec.kernels.iter().filter(|k| DeviceKind::Cpu.runs(&k.source)) {
+            let used = |case: &Case| (kernel.supports)(&spec.case_dims(case), &caps);
+            if simd == Simd::Avx512 && !spec.cases.iter().any(used) {
+                faults.push(format!("no case for {}", kernel.stem));
+            }
         }
     }
     if spec.cases.len() < 4 {

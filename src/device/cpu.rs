@@ -129,7 +129,7 @@ impl Device for Cpu {
             return Err(Error::Invalid { what: "import".into(), reason });
         }
         // Kernels cast bytes to elements of up to 4 bytes; SIMD loads are unaligned ones.
-        if range.start % 16 == 0 {
+        if range.start.is_multiple_of(16) {
             let whole = Buffer::new(Arc::new(Memory::Mapped(map.clone())), map.len());
             return Ok(whole.view(range.start, range.len()));
         }
@@ -162,7 +162,7 @@ impl Device for Cpu {
     fn copy(&self, from: &Buffer, from_offset: usize, to: &Buffer, to_offset: usize, bytes: usize) -> Result<()> {
         check_range("copy from", from, from_offset, bytes)?;
         check_range("copy to", to, to_offset, bytes)?;
-        if (from_offset | to_offset | bytes) % 4 != 0 {
+        if !(from_offset | to_offset | bytes).is_multiple_of(4) {
             let reason = format!("offsets {from_offset}, {to_offset} and size {bytes} are not multiples of 4");
             return Err(Error::Invalid { what: "copy".into(), reason });
         }
@@ -186,10 +186,11 @@ impl Device for Cpu {
         for (arg, buffer) in spec.args.iter().zip(args) {
             let (start, writable) = pointer(buffer)?;
             let bytes = arg.bytes(dims, kernel.act);
-            // SAFETY: `check_launch` saw that `bytes` fit the buffer and that no output overlaps another argument; the
-            // lock keeps other launches and copies out until the slices are gone.
             slices.push(match arg.role {
+                // SAFETY: `check_launch` saw that `bytes` fit the buffer and that no output overlaps another argument;
+                // the lock keeps other launches and copies out until the slices are gone.
                 Role::In => Slice::In(unsafe { std::slice::from_raw_parts(start, bytes) }),
+                // SAFETY: the same.
                 _ if writable => Slice::Out(unsafe { std::slice::from_raw_parts_mut(start, bytes) }),
                 _ => {
                     let reason = format!("output {} is a file's, read only", arg.name);

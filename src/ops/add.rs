@@ -46,7 +46,7 @@ fn chunks(_: &Dims, args: &mut [Slice<'_>]) {
     const CHUNK: usize = 4096;
     let [a, b, y] = args else { unreachable!("three arguments") };
     let inputs = a.f32().par_chunks(CHUNK).zip(b.f32().par_chunks(CHUNK));
-    let grain = simd::grain(0.5 * CHUNK as f64);
+    let grain = simd::grain(0.15 * CHUNK as f64);
     y.f32_mut().par_chunks_mut(CHUNK).zip(inputs).with_min_len(grain).for_each(|(y, (a, b))| {
         for ((y, a), b) in y.iter_mut().zip(a).zip(b) {
             *y = a + b;

@@ -1,8 +1,11 @@
-//! `attention`: y = softmax(scale · q·kᵀ) · v over a span of cached rows for each query row      Vaswani et al. 2017, arXiv
-//! 1706.03762; several query heads to a key head: Ainslie et al. 2023, arXiv 2305.13245
+//! `attention`: y = softmax(scale · q·kᵀ) · v over a span of cached rows         Vaswani et al. 2017, arXiv 1706.03762
 //!
+//! Several query heads may share a key head (Ainslie et al. 2023, arXiv 2305.13245): head h reads key head h/(H/KV).
 //! One rule covers every mask in use: row m sees the rows span[m,0]..span[m,1] of the cache. A causal model gives it
 //! 0..pos+1, packed documents start..pos+1, a bidirectional encoder its sentence start..end, padding an empty span.
+
+mod decode;
+mod tiled;
 
 use crate::op::*;
 use crate::tensor::{Dtype, HostTensor};
@@ -35,35 +38,59 @@ pub static ATTENTION: OpSpec = OpSpec {
     tolerance: Tolerance {
         roundings: |d| (d["D"] as f64).sqrt() + (d["C"] as f64).sqrt() + 8.0,
         nmse: 1e-11,
-        why: "a score errs by sqrt(D) independent roundings of scale · Σ|q k|, and minus the largest score by one of the \
-              difference: relative errors of its weight, as exp makes them. Weight errors move y by w (|v| + |y|), and \
-              the sums over at most C rows add sqrt(C) roundings. exp's 1.1 ulp counts 2.2, the quotient, the scale and the \
-              rescaling of a running softmax the rest. Scores of size T make the mean square error T² times a dot \
-              product's",
+        why: "a score errs by sqrt(D) independent roundings of scale · Σ|q k|, and minus the largest score by one of \
+              the difference: relative errors of its weight, as exp makes them. Weight errors move y by w (|v| + |y|), \
+              and the sums over at most C rows add sqrt(C) roundings. exp's 1.1 ulp counts 2.2, the quotient, the \
+              scale and the rescaling of a running softmax the rest. Scores of size T make the mean square error T² \
+              times a dot product's",
     },
     cases: &[
         case_with(&[1, 1, 1, 1, 1], &[1.0], "the smallest"),
         case_with(&[7, 2, 1, 33, 7], &[0.2], "odd head width, two heads to a key head, packed documents"),
+        case_with(&[2, 3, 3, 7, 2], &[0.378], "one row that sees something, one that sees nothing"),
         case_with(&[33, 3, 3, 32, 33], &[0.177], "bidirectional sentences and padding"),
-        case_with(&[65, 6, 2, 7, 257], &[0.378], "causal after a cache, one row past a block"),
+        case_with(&[65, 6, 2, 7, 257], &[3.0], "causal after a cache, one row past a block, scores far apart"),
         case_with(&[257, 4, 2, 16, 257], &[0.25], "packed documents longer than a block of keys"),
-        case_with(&[3, 9, 3, 64, 65], &[0.125], "few rows: drafts to verify"),
+        case_with(&[2, 9, 3, 64, 65], &[0.125], "two rows, each with a span of its own"),
         case_with(&[1, 9, 3, 64, 257], &[0.125], "decode"),
         case_with(&[1, 7, 1, 65, 33], &[3.0], "decode with large scores and odd sizes"),
         case_with(&[128, 12, 12, 32, 128], &[0.177], "MiniLM"),
         case_with(&[128, 9, 3, 64, 257], &[0.125], "SmolLM2-135M"),
     ],
-    kernels: &[Kernel {
-        stem: "attention_f32_naive",
-        source: Source::Rust(naive),
-        act: Dtype::F32,
-        launch: no_grid,
-        supports: always,
-    }],
+    kernels: &[
+        rung("attention_f32_naive", naive, always),
+        rung("attention_f32_tiled", |d, args| tiled::launch(d, args, tiled::portable), always),
+        #[cfg(target_arch = "x86_64")]
+        rung(
+            "attention_f32_tiled_avx2",
+            |d, args| tiled::launch(d, args, tiled::avx2),
+            |_, caps| caps.simd >= Simd::Avx2,
+        ),
+        // With fewer lanes most of a block would be idle.
+        #[cfg(target_arch = "x86_64")]
+        rung(
+            "attention_f32_tiled_avx512",
+            |d, args| tiled::launch(d, args, tiled::avx512),
+            |d, caps| caps.simd >= Simd::Avx512 && d["M"] * (d["H"] / d["KV"]) > 48,
+        ),
+        rung("attention_f32_decode", |d, args| decode::launch(d, args, decode::portable), |d, _| d["M"] <= 2),
+        #[cfg(target_arch = "x86_64")]
+        rung(
+            "attention_f32_decode_avx2",
+            |d, args| decode::launch(d, args, decode::avx2),
+            |d, caps| caps.simd >= Simd::Avx2 && d["M"] <= 2,
+        ),
+    ],
 };
 
-/// Spans by what the dims make likely: one row or M < C, a causal document whose last rows are the queries; M = C with
-/// heads sharing keys, a decoder's packed documents; else an encoder's sentences, each with some padding after it.
+/// A kernel of this table: Rust, f32.
+const fn rung(stem: &'static str, body: fn(&Dims, &mut [Slice<'_>]), supports: fn(&Dims, &Caps) -> bool) -> Kernel {
+    Kernel { stem, source: Source::Rust(body), act: Dtype::F32, launch: no_grid, supports }
+}
+
+/// Spans by what the dims, M ≤ C, make likely: M < C, a causal document whose last rows are the queries; M = C with
+/// heads sharing keys, a decoder's packed documents; else an encoder's sentences, each with some padding after it, and
+/// the last row padding.
 fn spans(d: &Dims, rng: &mut ChaCha8Rng) -> HostTensor {
     let (m, c) = (d["M"], d["C"]);
     let mut span = Vec::with_capacity(2 * m);
@@ -78,7 +105,7 @@ fn spans(d: &Dims, rng: &mut ChaCha8Rng) -> HostTensor {
             let causal = d["H"] > d["KV"];
             span.extend(match row {
                 _ if causal => [start, row + 1],
-                _ if row < start + tokens => [start, start + tokens],
+                _ if row < start + tokens && (row + 1 < m || m == 1) => [start, start + tokens],
                 _ => [row, row],
             });
         }

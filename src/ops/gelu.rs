@@ -1,4 +1,4 @@
-//! `gelu`: y = x · Φ(x), Φ the normal distribution, in its exact form                Hendrycks & Gimpel 2016, arXiv 1606.08415
+//! `gelu`: y = x · Φ(x), Φ the normal distribution, in its exact form         Hendrycks & Gimpel 2016, arXiv 1606.08415
 
 use super::simd;
 use crate::op::*;
@@ -30,13 +30,23 @@ pub static GELU: OpSpec = OpSpec {
         case(&[65, 257], "more than one chunk, the last one short"),
         case(&[128, 1536], "MiniLM"),
     ],
-    kernels: &[Kernel {
-        stem: "gelu_f32_chunks",
-        source: Source::Rust(|d, args| in_chunks(d, args, gelu::<{ simd::FMA }>)),
-        act: Dtype::F32,
-        launch: no_grid,
-        supports: always,
-    }],
+    kernels: &[
+        Kernel {
+            stem: "gelu_f32_chunks",
+            source: Source::Rust(|d, args| in_chunks(d, args, gelu::<{ simd::FMA }>)),
+            act: Dtype::F32,
+            launch: no_grid,
+            supports: always,
+        },
+        #[cfg(target_arch = "x86_64")]
+        Kernel {
+            stem: "gelu_f32_chunks_avx2",
+            source: Source::Rust(|d, args| in_chunks(d, args, gelu_avx2)),
+            act: Dtype::F32,
+            launch: no_grid,
+            supports: |_, caps| caps.simd >= Simd::Avx2,
+        },
+    ],
 };
 
 /// The definition; 1 + erf as erfc(−x / √2), which keeps its digits where erf nears −1.
@@ -88,6 +98,17 @@ fn gelu<const FMA: bool>(x: &[f32], y: &mut [f32]) {
     }
 }
 
+/// One run with AVX2. AVX-512 would take two thirds of the time, of a part that takes little.
+#[cfg(target_arch = "x86_64")]
+fn gelu_avx2(x: &[f32], y: &mut [f32]) {
+    #[target_feature(enable = "avx2,fma")]
+    fn body(x: &[f32], y: &mut [f32]) {
+        gelu::<true>(x, y);
+    }
+    // SAFETY: the table offers this kernel only to processors with AVX2 and FMA.
+    unsafe { body(x, y) }
+}
+
 /// erf within 1.5 ulp, without branches: x + x·p(x²) for |x| < 1, ±(1 − e^(−q(|x|))) beyond, q for −ln erfc. Both
 /// polynomials have the least largest error relative to erf on [0,1] and [1,4] (Remez exchange; 1.2e-9 and 1.1e-9).
 #[inline(always)]
@@ -125,7 +146,7 @@ mod tests {
 
     #[test]
     fn erf_f64_has_the_tables_values() {
-        // Abramowitz & Stegun, table 7.1, and erfc from table 7.3's neighbourhood: x = 3 and 5 by their series.
+        // Abramowitz & Stegun, table 7.1; erfc to 40 digits by mpmath, rounded.
         for (x, erf) in [(0.0, 0.0), (0.5, 0.520_499_877_813_046_5), (1.0, 0.842_700_792_949_714_9)] {
             assert!((erf_f64(x) - erf).abs() < 1e-15, "erf({x}) = {}", erf_f64(x));
             assert_eq!(erf_f64(-x), -erf_f64(x));

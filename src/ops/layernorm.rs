@@ -1,4 +1,4 @@
-//! `layernorm`: y = (x − mean x) / sqrt(var x + eps) · gain + bias, row by row          Ba et al. 2016, arXiv 1607.06450
+//! `layernorm`: y = (x − mean x) / sqrt(var x + eps) · gain + bias, row by row         Ba et al. 2016, arXiv 1607.06450
 
 use super::simd;
 use crate::op::*;
@@ -25,10 +25,11 @@ pub static LAYERNORM: OpSpec = OpSpec {
     tolerance: Tolerance {
         roundings: |d| 1.5 * (d["K"] as f64).sqrt() + 8.0,
         nmse: 1e-11,
-        why: "the mean's K additions, independent of each other, err by sqrt(K) roundings of mean |x|; the variance is a \
-              sum of K squares, all positive, and errs by sqrt(K) of its own size, of which the root keeps half; eight \
-              more follow. One pass for both moments would cancel digits and fail on the rows far from zero, and their \
-              subtraction of the mean is why the mean square error may be ten times rmsnorm's",
+        why:
+            "the mean's K additions, independent of each other, err by sqrt(K) roundings of mean |x|; the variance is \
+              a sum of K squares, all positive, and errs by sqrt(K) of its own size, of which the root keeps half; \
+              eight more follow. Rows far from zero lose digits with the mean, hence ten times rmsnorm's mean square \
+              error",
     },
     cases: &[
         case_with(&[1, 1], &[1e-5], "the smallest: no variance, so y is the bias"),
@@ -85,6 +86,6 @@ fn rows(d: &Dims, args: &mut [Slice<'_>]) {
             *y = (x - mean) * scale * g + b;
         }
     };
-    let grain = simd::grain(k as f64);
+    let grain = simd::grain(0.4 * k as f64);
     y.f32_mut().par_chunks_mut(k).zip(x.par_chunks(k)).with_min_len(grain).for_each(one_row);
 }

@@ -1,4 +1,4 @@
-//! `mean_pool`: the mean of a sentence's token vectors, scaled to length 1          Reimers & Gurevych 2019, arXiv 1908.10084
+//! `mean_pool`: the mean of a sentence's token vectors, scaled to length 1    Reimers & Gurevych 2019, arXiv 1908.10084
 
 use super::simd;
 use crate::op::*;
@@ -106,6 +106,6 @@ fn rows(d: &Dims, args: &mut [Slice<'_>]) {
         let norm = simd::sum(y, |v| v * v).sqrt().max(LEAST_NORM as f32);
         y.iter_mut().for_each(|v| *v /= norm);
     };
-    let grain = simd::grain(0.3 * (m * k) as f64 / s as f64);
+    let grain = simd::grain(0.1 * (m * k) as f64 / s as f64);
     y.f32_mut().par_chunks_mut(k).zip(span.par_iter()).with_min_len(grain).for_each(one_sentence);
 }

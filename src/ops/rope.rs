@@ -1,4 +1,4 @@
-//! `rope`: rotary position embedding, the two halves of a head paired                    Su et al. 2021, arXiv 2104.09864
+//! `rope`: rotary position embedding, the two halves of a head paired                  Su et al. 2021, arXiv 2104.09864
 //!
 //! Besides the op, [`table`] makes the cosines and sines it reads, once for a model.
 
@@ -169,7 +169,7 @@ fn rows(d: &Dims, args: &mut [Slice<'_>]) {
             }
         }
     };
-    let grain = simd::grain(0.5 * (h * dim) as f64);
+    let grain = simd::grain(0.2 * (h * dim) as f64);
     let inputs = x.par_chunks(h * dim).zip(position);
     y.f32_mut().par_chunks_mut(h * dim).zip(inputs).with_min_len(grain).for_each(one_row);
 }
