@@ -28,19 +28,20 @@ impl Parser<'_> {
     pub(crate) fn expression(&mut self, level: usize) -> Result<Operand, At> {
         self.enter()?;
         let value = if level < LEVELS.len() { self.binary(level)? } else { self.unary()? };
-        self.leave();
+        let mut result = Ok(value);
         if level == 0 && self.sign("?") {
             let line = self.line();
             let yes = self.expression(0)?;
             self.expect(":")?;
             let no = self.expression(0)?;
-            return match value {
-                Operand::Int(0) => Ok(no),
-                Operand::Int(_) => Ok(yes),
+            result = match result {
+                Ok(Operand::Int(0)) => Ok(no),
+                Ok(Operand::Int(_)) => Ok(yes),
                 _ => at(line, "a condition must be an integer"),
             };
         }
-        Ok(value)
+        self.leave();
+        result
     }
 
     fn binary(&mut self, level: usize) -> Result<Operand, At> {

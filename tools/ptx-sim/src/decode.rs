@@ -15,6 +15,39 @@ pub(crate) const SHARED_WINDOW: u64 = 0x7fff_fffe;
 /// Upper half of the addresses of the module's `.global` variables.
 pub(crate) const MODULE_WINDOW: u64 = 0x7fff_fffc;
 
+/// Instructions outside the table of forms.
+const OPCODES: [&str; 29] = [
+    "bra",
+    "ret",
+    "exit",
+    "trap",
+    "nanosleep",
+    "setp",
+    "selp",
+    "ld",
+    "st",
+    "atom",
+    "red",
+    "cp",
+    "membar",
+    "fence",
+    "prefetch",
+    "createpolicy",
+    "ldmatrix",
+    "stmatrix",
+    "movmatrix",
+    "mma",
+    "shfl",
+    "vote",
+    "match",
+    "redux",
+    "activemask",
+    "elect",
+    "bar",
+    "barrier",
+    "cvta",
+];
+
 /// The modifiers of one instruction, taken one by one; what is left is unknown.
 pub(crate) struct Mods {
     left: Vec<String>,
@@ -145,6 +178,12 @@ impl Decoder<'_> {
             self.inst.negate = negate;
             self.uses.guard = self.tracked as u16 + self.inst.guard;
         }
+        if !OPCODES.contains(&raw.opcode.as_str()) && !Forms::get().knows(&raw.opcode, "").0 {
+            return self.fail(format!("the instruction `{}` is not supported", raw.opcode));
+        }
+        if let Some(Operand::Name(name, _)) = raw.args.iter().find(|a| matches!(a, Operand::Name(..))) {
+            return self.fail(format!("`{name}` is not declared"));
+        }
         let mut mods = Mods { left: raw.mods.clone() };
         let handled = self.control(raw, &mut mods)?
             || self.predicates(raw, &mut mods)?
@@ -165,9 +204,6 @@ impl Decoder<'_> {
     fn arithmetic(&mut self, raw: &RawInst) -> Result<(), At> {
         let forms = Forms::get();
         let Some(form) = forms.find(&raw.opcode, &raw.mods) else {
-            if !forms.knows(&raw.opcode, "").0 {
-                return self.fail(format!("the instruction `{}` is not supported", raw.opcode));
-            }
             return match raw.mods.iter().find(|m| !forms.knows(&raw.opcode, m).1) {
                 Some(m) => self.fail(format!("the modifier `.{m}` is not supported with `{}`", raw.opcode)),
                 None => self.fail("this combination of modifiers is not supported or not PTX"),

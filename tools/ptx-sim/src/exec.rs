@@ -54,6 +54,8 @@ struct Group {
     lanes: u32,
     /// Waits for absent lanes, or at a barrier.
     parked: bool,
+    /// The lanes it waits for.
+    awaited: u32,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -75,6 +77,8 @@ pub(crate) struct Warp {
     /// Lanes that have not exited.
     pub live: u32,
     groups: Vec<Group>,
+    /// Lanes that the running ones have been waiting for at this instruction.
+    awaited: u32,
     pub state: State,
     steps: u64,
     pub copies: CopyQueue,
@@ -135,17 +139,12 @@ impl Warp {
         }
     }
 
-    /// Puts the running lanes aside at `pc` and goes on with another group, if one may run.
-    fn put_aside(&mut self, parked: bool) {
+    /// Puts the running lanes aside at `pc`, parked if they await some, and goes on with another group, if one may run.
+    fn put_aside(&mut self, awaited: u32) {
         let (pc, lanes) = (self.pc, self.active);
+        let awaited = awaited | self.awaited;
         self.active = 0;
-        match self.groups.iter_mut().find(|g| g.pc == pc) {
-            Some(g) => {
-                g.lanes |= lanes;
-                g.parked &= parked;
-            }
-            None => self.groups.push(Group { pc, lanes, parked }),
-        }
+        self.groups.push(Group { pc, lanes, parked: awaited != 0, awaited });
         self.switch();
     }
 
@@ -155,7 +154,7 @@ impl Warp {
         match next {
             Some(i) => {
                 let g = self.groups.swap_remove(i);
-                (self.pc, self.active) = (g.pc, g.lanes);
+                (self.pc, self.active, self.awaited) = (g.pc, g.lanes, g.awaited);
             }
             None if self.live == 0 => self.state = State::Done,
             None => {}
@@ -169,10 +168,12 @@ impl Warp {
     /// After a move of `pc`: meets a group that stands there, and lets one that stands earlier go first.
     fn meet(&mut self) {
         if let Some(i) = self.groups.iter().position(|g| g.pc == self.pc) {
-            self.active |= self.groups.swap_remove(i).lanes;
+            let g = self.groups.swap_remove(i);
+            self.active |= g.lanes;
+            self.awaited |= g.awaited;
         }
         if self.groups.iter().any(|g| !g.parked && g.pc < self.pc) {
-            self.put_aside(false);
+            self.put_aside(0);
         }
     }
 
@@ -183,13 +184,10 @@ impl Warp {
             if matches!(program.code.get(g.pc as usize).map(|i| i.op), Some(Op::Bar { .. })) {
                 g.pc += 1;
             }
-            g.parked = false;
+            (g.parked, g.awaited) = (false, 0);
         }
-        if self.active == 0 {
-            self.switch();
-        } else {
-            self.pc += 1;
-        }
+        self.awaited = 0;
+        self.pc += 1;
         self.meet();
     }
 }
@@ -251,6 +249,7 @@ impl<'a> Machine<'a> {
                 active: 0,
                 live: 0,
                 groups: Vec::new(),
+                awaited: 0,
                 state: State::Ready,
                 steps: 0,
                 copies: CopyQueue::default(),
@@ -308,7 +307,7 @@ impl<'a> Machine<'a> {
         for w in warps.iter_mut() {
             let lanes = (threads - 32 * w.number).min(32);
             w.live = u32::MAX >> (32 - lanes);
-            (w.active, w.pc, w.steps, w.state) = (w.live, 0, 0, State::Ready);
+            (w.active, w.pc, w.steps, w.state, w.awaited) = (w.live, 0, 0, State::Ready, 0);
             w.groups.clear();
             w.copies.clear();
             if CHECK {
@@ -554,17 +553,18 @@ impl<'a> Machine<'a> {
             w.put_aside_at(pc + 1, skipped);
         }
         let absent = members & w.live & !exec;
-        if absent != 0 {
-            if w.may_run_others() {
-                w.put_aside(true);
-                return false;
-            }
-            let unaligned = matches!(inst.op, Op::Bar { aligned: false, .. });
-            if CHECK && !unaligned {
-                let what = &self.ctx.program.names[w.pc as usize];
-                let message = format!("`{what}` without lanes {absent:#010x}, which wait elsewhere or skip it");
-                self.find(Kind::Divergence, w, exec.trailing_zeros(), || message);
-            }
+        if absent != 0 && w.may_run_others() {
+            w.put_aside(absent);
+            return false;
+        }
+        let gone = w.awaited & !w.live;
+        w.awaited = 0;
+        let unaligned = matches!(inst.op, Op::Bar { aligned: false, .. });
+        if CHECK && absent | gone != 0 && !unaligned {
+            let what = &self.ctx.program.names[w.pc as usize];
+            let message =
+                format!("`{what}` without lanes {:#010x}, which wait elsewhere, skip it or exit", absent | gone);
+            self.find(Kind::Divergence, w, exec.trailing_zeros(), || message);
         }
         if CHECK {
             let strangers = exec & !members;
@@ -665,7 +665,7 @@ impl Warp {
                 g.lanes |= lanes;
                 g.parked = false;
             }
-            None => self.groups.push(Group { pc, lanes, parked: false }),
+            None => self.groups.push(Group { pc, lanes, parked: false, awaited: 0 }),
         }
     }
 

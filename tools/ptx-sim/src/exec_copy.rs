@@ -218,7 +218,7 @@ fn apply(op: Atomic, ty: Type, old: u64, b: u64, c: u64) -> u64 {
     let out = match (op, ty) {
         (Atomic::Add, Type::F32) => {
             let sum = f32::from_bits(old as u32) + f32::from_bits(b as u32);
-            u64::from(crate::float::canonical(sum).to_bits())
+            u64::from(crate::float::canonical(sum))
         }
         (Atomic::Add, Type::F64) => (f64::from_bits(old) + f64::from_bits(b)).to_bits(),
         (Atomic::Add, Type::F16) => half(0),

@@ -6,12 +6,14 @@ use crate::lanes::{Bf16, F16};
 pub(crate) const NAN32: u32 = 0x7fff_ffff;
 pub(crate) const NAN16: u16 = 0x7fff;
 
+/// The bits of a result. Judged as an integer: the compiler may take one NaN for another.
 #[inline(always)]
-pub(crate) fn canonical(v: f32) -> f32 {
-    if v.is_nan() {
-        f32::from_bits(NAN32)
+pub(crate) fn canonical(v: f32) -> u32 {
+    let bits = v.to_bits();
+    if bits & 0x7fff_ffff > 0x7f80_0000 {
+        NAN32
     } else {
-        v
+        bits
     }
 }
 

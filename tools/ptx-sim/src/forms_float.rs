@@ -3,9 +3,7 @@
 //! Approximate instructions compute in f64 and round once, well inside the bounds that PTX documents; hardware may differ by
 //! 1 to 2 units in the last place (`rsqrt`, `rcp`, `ex2`, `div.full`), and by 2^-11 relative (`tanh`).
 
-use crate::float::{
-    self, add_odd, canonical, encode, flush, narrow, saturate, Half, Round, BRAIN, DOUBLE, SINGLE, TF32,
-};
+use crate::float::{self, add_odd, encode, flush, narrow, saturate, Half, Round, BRAIN, DOUBLE, SINGLE, TF32};
 use crate::forms::{Forms, Int};
 use crate::lanes::{lift1, lift2, lift3, Bf16, Form, Lane, F16, X2};
 use crate::types::Type;
@@ -384,7 +382,7 @@ const fn mode<const MODE: u8>() -> Round {
 
 fn to_f32(v: f64, round: Round) -> f32 {
     if v.is_nan() {
-        return canonical(f32::NAN);
+        return f32::NAN;
     }
     f32::from_bits(narrow(v, SINGLE, round) as u32)
 }

@@ -59,7 +59,7 @@ lane!(u64, u64, Type::U64, |c| c, |v| v);
 lane!(i64, u64, Type::S64, |c| c as i64, |v| v as u64);
 lane!(f64, u64, Type::F64, f64::from_bits, |v: f64| v.to_bits());
 // Every f32 result that is NaN becomes the canonical one; moves go through u32.
-lane!(f32, u32, Type::F32, f32::from_bits, |v: f32| float::canonical(v).to_bits());
+lane!(f32, u32, Type::F32, f32::from_bits, |v: f32| float::canonical(v));
 
 /// An f16 value by its bits.
 #[derive(Clone, Copy)]

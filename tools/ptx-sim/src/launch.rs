@@ -259,7 +259,10 @@ pub fn launch(
     if options.checked {
         let mut all = Findings::default();
         static_findings(module, decl, program, &ctx, threads as u32, &mut all);
-        report.findings.extend(all.into_list(entry));
+        let reached = report.findings.iter().any(|f| f.kind == Kind::MissingReturn);
+        report
+            .findings
+            .extend(all.into_list(entry).into_iter().filter(|f| !(reached && f.kind == Kind::MissingReturn)));
         report.findings.sort_by_key(|f| (f.place.line, f.kind));
     } else {
         // What an unchecked launch wrote is unknown in detail; its outputs count as written.

@@ -68,7 +68,7 @@ pub(crate) fn mma(w: &mut Warp, inst: &Inst, exec: u32, mma: Mma) {
                 let half = |e: usize| u32::from(F16::round(f64::from(sum[g + 8 * r][2 * t + e])).0);
                 half(0) | half(1) << 16
             } else {
-                canonical(sum[g + 8 * (r / 2)][2 * t + r % 2]).to_bits()
+                canonical(sum[g + 8 * (r / 2)][2 * t + r % 2])
             }
         });
         w.set(inst.r[r], exec, &out);

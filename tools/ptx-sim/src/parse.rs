@@ -301,7 +301,7 @@ impl<'a> Parser<'a> {
         self.body(&mut entry)?;
         entry.last_line = self.tokens[self.pos - 1].line;
         self.scope = 0;
-        self.resolve_labels(&mut entry)?;
+        self.resolve_labels(&mut entry);
         self.scopes.truncate(first_scope);
         self.module.entries.push(entry);
         Ok(())

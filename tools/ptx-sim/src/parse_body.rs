@@ -238,22 +238,19 @@ impl Parser<'_> {
         }
     }
 
-    pub(crate) fn resolve_labels(&self, entry: &mut RawEntry) -> Result<(), At> {
-        for inst in &mut entry.body {
-            for arg in &mut inst.args {
-                let Operand::Name(name, scope) = arg else { continue };
-                let mut scope = Some(*scope);
-                let mut found = None;
-                while let (Some(s), None) = (scope, found) {
-                    found = self.scopes[s].labels.get(name.as_str()).copied();
-                    scope = self.scopes[s].parent;
-                }
-                match found {
-                    Some(index) => *arg = Operand::Label(index),
-                    None => return at(inst.line, format!("`{name}` is not declared")),
-                }
+    /// Turns names into labels; what is neither stays a name, for the decoder to refuse.
+    pub(crate) fn resolve_labels(&self, entry: &mut RawEntry) {
+        for arg in entry.body.iter_mut().flat_map(|i| &mut i.args) {
+            let Operand::Name(name, scope) = arg else { continue };
+            let mut scope = Some(*scope);
+            let mut found = None;
+            while let (Some(s), None) = (scope, found) {
+                found = self.scopes[s].labels.get(name.as_str()).copied();
+                scope = self.scopes[s].parent;
+            }
+            if let Some(index) = found {
+                *arg = Operand::Label(index);
             }
         }
-        Ok(())
     }
 }
