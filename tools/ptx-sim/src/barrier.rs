@@ -67,9 +67,10 @@ impl Machine<'_> {
                 continue;
             }
             let barrier = std::mem::take(&mut self.barriers[number]);
+            let count = warps.len();
             for w in warps.iter_mut().filter(|w| waits(w)) {
                 if let Some(shadow) = &mut self.shadow {
-                    shadow.leave(w.number as usize, &barrier.told);
+                    shadow.leave(w.number as usize, &barrier.told, count);
                 }
                 if let Some(inst) = self.ctx.program.code.get(w.pc as usize) {
                     finish(w, inst, &barrier);

@@ -113,20 +113,10 @@ impl Findings {
     }
 }
 
-/// Who last touched a grain of shared memory, as stamps: `clock << 10 | warp << 5 | lane`.
-#[derive(Clone, Copy, Default)]
-struct Cell {
-    write: u32,
-    /// Two readers since the last write that are not ordered with each other.
-    read: [u32; 2],
-    state: u32,
-}
-
-const PLAIN: u32 = 0;
-const IN_FLIGHT: u32 = 1;
-const ATOMIC: u32 = 2;
-/// Clocks have 22 bits.
+/// Stamps say who touched a grain of shared memory and when: `clock << 10 | warp << 5 | lane`. Clocks have 22 bits.
 const LAST_CLOCK: u32 = (1 << 22) - 2;
+/// The write stamp of a grain that a `cp.async` is under way to: later than any clock.
+const IN_FLIGHT: u32 = u32::MAX;
 
 /// How a thread touches shared memory.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -141,13 +131,21 @@ pub(crate) enum Touch {
 /// Shared memory's shadow, with a vector clock for each warp: an access is ordered before another when a chain of barriers
 /// leads from one to the other. Lanes of a warp are ordered by `bar.warp.sync` and barriers only.
 pub(crate) struct SharedShadow {
-    cells: Vec<Cell>,
+    /// Last write of each grain.
+    write: Vec<u32>,
+    /// Two reads since then that are not ordered with each other.
+    read: [Vec<u32>; 2],
+    /// Whether the last write was atomic.
+    atomic: Vec<bool>,
+    any_atomic: bool,
     shift: u32,
     /// Stamps up to this clock belong to earlier blocks.
     base: u32,
     clock: [u32; 32],
     /// `known[w][u]`: accesses of warp u up to this clock are ordered before warp w's next.
     known: [[u32; 32]; 32],
+    /// Least of `known[w]`: what is that old is ordered, whoever did it.
+    floor: [u32; 32],
 }
 
 /// What a touch brought to light.
@@ -161,22 +159,34 @@ pub(crate) struct Touched {
 
 impl SharedShadow {
     pub fn new(bytes: u32, grain: u32) -> SharedShadow {
-        let cells = vec![Cell::default(); bytes.div_ceil(grain) as usize];
-        SharedShadow { cells, shift: grain.trailing_zeros(), base: 0, clock: [1; 32], known: [[0; 32]; 32] }
+        let n = bytes.div_ceil(grain) as usize;
+        SharedShadow {
+            write: vec![0; n],
+            read: [vec![0; n], vec![0; n]],
+            atomic: vec![false; n],
+            any_atomic: false,
+            shift: grain.trailing_zeros(),
+            base: 0,
+            clock: [1; 32],
+            known: [[0; 32]; 32],
+            floor: [0; 32],
+        }
     }
 
     /// Forgets the previous block.
     pub fn begin_block(&mut self) {
         self.base = self.clock.iter().copied().max().unwrap_or(0);
         if self.base > LAST_CLOCK / 2 {
-            self.cells.fill(Cell::default());
             self.base = 0;
+            self.write.fill(0);
+            self.read.iter_mut().for_each(|r| r.fill(0));
+        } else {
+            // Copies that the last block never waited for.
+            self.write.iter_mut().filter(|w| **w == IN_FLIGHT).for_each(|w| *w = 0);
         }
         self.clock = [self.base + 1; 32];
         self.known = [[self.base; 32]; 32];
-        for w in 0..32 {
-            self.known[w][w] = self.base;
-        }
+        self.floor = [self.base; 32];
     }
 
     fn tick(&mut self, warp: usize) {
@@ -197,11 +207,71 @@ impl SharedShadow {
         }
     }
 
-    /// What a warp leaving a barrier has learnt.
-    pub fn leave(&mut self, warp: usize, told: &[u32; 32]) {
+    /// What a warp leaving a barrier has learnt. `warps`: how many the block has; nothing is to be known of others.
+    pub fn leave(&mut self, warp: usize, told: &[u32; 32], warps: usize) {
         for (k, t) in self.known[warp].iter_mut().zip(told) {
             *k = (*k).max(*t);
         }
+        self.floor[warp] = self.known[warp][..warps].iter().copied().min().unwrap_or(self.base);
+    }
+
+    /// All 32 lanes of a warp read a row of words from `offset` on. False: nothing recorded, the lanes must be looked at singly.
+    #[inline(always)]
+    pub fn read_row(&mut self, offset: u32, warp: u32) -> bool {
+        let first = (offset >> 2) as usize;
+        let (floor, base) = (self.floor[warp as usize], self.base);
+        let stamp = self.clock[warp as usize] << 10 | warp << 5;
+        let row = first..first + 32;
+        let (true, Some(write), Some(read)) = (self.shift == 2, self.write.get(row.clone()), self.read[0].get_mut(row))
+        else {
+            return false;
+        };
+        let (mut odd, mut fresh) = (false, false);
+        for l in 0..32 {
+            let clock = write[l] >> 10;
+            odd |= (clock > floor) | (clock <= base);
+            let repeated = read[l] == (stamp | l as u32);
+            odd |= !repeated & (read[l] >> 10 > floor);
+            fresh |= !repeated;
+        }
+        if odd {
+            return false;
+        }
+        if fresh {
+            for l in 0..32 {
+                read[l] = stamp | l as u32;
+            }
+        }
+        true
+    }
+
+    /// As [`SharedShadow::read_row`], for writes.
+    #[inline(always)]
+    pub fn write_row(&mut self, offset: u32, warp: u32) -> bool {
+        let first = (offset >> 2) as usize;
+        let floor = self.floor[warp as usize];
+        let stamp = self.clock[warp as usize] << 10 | warp << 5;
+        let row = first..first + 32;
+        if self.shift != 2 || self.any_atomic || row.end > self.write.len() {
+            return false;
+        }
+        let [a, b] = &mut self.read;
+        let (write, a, b) = (&mut self.write[row.clone()], &mut a[row.clone()], &mut b[row]);
+        let mut odd = false;
+        for l in 0..32 {
+            let known = (write[l] >> 10 <= floor) | (write[l] == stamp | l as u32);
+            let own = (a[l] >> 10 <= floor) | (a[l] == stamp | l as u32);
+            odd |= !known | !own | (b[l] >> 10 > floor);
+        }
+        if odd {
+            return false;
+        }
+        for l in 0..32 {
+            write[l] = stamp | l as u32;
+        }
+        a.fill(0);
+        b.fill(0);
+        true
     }
 
     /// Checks and records one thread's access of `bytes` at `offset`. `changes` says whether a write alters any byte: two threads
@@ -209,46 +279,46 @@ impl SharedShadow {
     #[inline(always)]
     pub fn touch(&mut self, how: Touch, offset: u32, bytes: u32, warp: u32, lane: u32, changes: bool) -> Touched {
         let known = &self.known[warp as usize];
+        let (floor, base) = (self.floor[warp as usize], self.base);
         let stamp = self.clock[warp as usize] << 10 | warp << 5 | lane;
-        let ordered = |s: u32| s >> 10 <= known[(s >> 5 & 31) as usize] || s & 0x3ff == stamp & 0x3ff;
+        let ordered =
+            |s: u32| s >> 10 <= floor || s >> 10 <= known[(s >> 5 & 31) as usize] || s & 0x3ff == stamp & 0x3ff;
         let who = |s: u32, wrote: bool| Some((s >> 5 & 31, s & 31, wrote));
         let mut touched = Touched::default();
         let first = (offset >> self.shift) as usize;
         let last = ((offset + bytes - 1) >> self.shift) as usize;
-        for cell in &mut self.cells[first..=last] {
-            let written = cell.write >> 10 > self.base;
-            if written && cell.state == IN_FLIGHT {
-                touched.in_flight = true;
-            }
+        let [read0, read1] = &mut self.read;
+        let grains = self.write[first..=last].iter_mut().zip(&mut read0[first..=last]).zip(&mut read1[first..=last]);
+        for (i, ((write, read0), read1)) in grains.enumerate() {
+            let in_flight = *write == IN_FLIGHT;
+            touched.in_flight |= in_flight;
             if how == Touch::Read {
-                touched.unwritten |= !written;
-                if !ordered(cell.write) {
-                    touched.race = who(cell.write, true);
+                touched.unwritten |= *write >> 10 <= base;
+                if !ordered(*write) && !in_flight {
+                    touched.race = who(*write, true);
                 }
-                if cell.read[0] != stamp {
-                    let slot = usize::from(!ordered(cell.read[0]));
-                    cell.read[slot] = stamp;
+                if *read0 != stamp {
+                    *(if ordered(*read0) { read0 } else { read1 }) = stamp;
                 }
                 continue;
             }
+            let cell = &mut self.atomic[first + i];
             if how == Touch::Atomic {
-                touched.unwritten |= !written;
+                touched.unwritten |= *write >> 10 <= base;
+                self.any_atomic = true;
             }
-            let both_atomic = how == Touch::Atomic && cell.state == ATOMIC;
-            if !ordered(cell.write) && changes && !both_atomic {
-                touched.race = who(cell.write, true);
+            let both_atomic = how == Touch::Atomic && *cell;
+            if !ordered(*write) && changes && !both_atomic && !in_flight {
+                touched.race = who(*write, true);
             }
-            for r in cell.read {
-                if !ordered(r) {
+            for r in [*read0, *read1] {
+                if !ordered(r) && changes {
                     touched.race = who(r, false);
                 }
             }
-            let state = match how {
-                Touch::Atomic => ATOMIC,
-                Touch::Issue => IN_FLIGHT,
-                _ => PLAIN,
-            };
-            *cell = Cell { write: stamp, read: [0; 2], state };
+            *cell = how == Touch::Atomic;
+            *write = if how == Touch::Issue { IN_FLIGHT } else { stamp };
+            (*read0, *read1) = (0, 0);
         }
         touched
     }
@@ -258,9 +328,10 @@ impl SharedShadow {
         let stamp = self.clock[warp as usize] << 10 | warp << 5 | lane;
         let first = (offset >> self.shift) as usize;
         let last = ((offset + bytes - 1) >> self.shift) as usize;
-        for cell in &mut self.cells[first..=last] {
-            if cell.state == IN_FLIGHT {
-                *cell = Cell { write: stamp, read: [0; 2], state: PLAIN };
+        for i in first..=last {
+            if self.write[i] == IN_FLIGHT {
+                self.write[i] = stamp;
+                (self.read[0][i], self.read[1][i]) = (0, 0);
             }
         }
     }

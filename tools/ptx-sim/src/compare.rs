@@ -40,6 +40,7 @@ fn compare<T: Copy + PartialOrd>(a: &[T; 32], b: &[T; 32], truth: u8) -> u32 {
     less | equal | greater | apart
 }
 
+#[inline(always)]
 pub(crate) fn setp(w: &mut Warp, inst: &Inst, exec: u32, ty: Type, truth: u8, combine: Combine, negate: bool) {
     let (a, b) = (inst.r[2], inst.r[3]);
     let pairs = |shift: u32, f: fn(u16) -> f32| {

@@ -10,7 +10,7 @@ use crate::decode::dynamic_base;
 use crate::error::{Error, Place};
 use crate::exec_copy::CopyQueue;
 use crate::inst::{Constant, Inst, Op, PredOp, Program, Uses, NONE};
-use crate::lanes::Unit;
+use crate::lanes::{has_avx2, Unit};
 use crate::launch::Bank;
 use crate::memory::{View, POISON};
 use crate::trace::{TraceStep, TraceWarp};
@@ -319,15 +319,22 @@ impl<'a> Machine<'a> {
                 }
             }
         }
+        let fast = has_avx2();
         loop {
-            let mut ran = false;
+            let mut any = false;
             for i in 0..warps.len() {
                 if warps[i].state != State::Ready {
                     continue;
                 }
-                ran = true;
+                any = true;
                 self.tracing = self.ctx.trace.as_ref().is_some_and(|t| t.block == self.at && t.warp == i as u32);
-                if let Err(f) = self.run_warp::<CHECK>(&mut warps[i]) {
+                // SAFETY: `has_avx2` answers for the machine.
+                let ran = if fast {
+                    unsafe { self.run_warp_fast::<CHECK>(&mut warps[i]) }
+                } else {
+                    self.run_warp::<CHECK>(&mut warps[i])
+                };
+                if let Err(f) = ran {
                     return Err(self.located(&warps[i], f));
                 }
                 self.settle(warps);
@@ -335,7 +342,7 @@ impl<'a> Machine<'a> {
             if warps.iter().all(|w| w.state == State::Done) {
                 return Ok(());
             }
-            if !ran {
+            if !any {
                 return Err(self.deadlock(warps));
             }
         }
@@ -370,7 +377,17 @@ impl<'a> Machine<'a> {
         self.findings.add(kind, place, message);
     }
 
+    /// [`Machine::run_warp`] compiled for AVX2.
+    ///
+    /// # Safety
+    /// The machine has the features.
+    #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,bmi2"))]
+    unsafe fn run_warp_fast<const CHECK: bool>(&mut self, w: &mut Warp) -> Result<(), Fault> {
+        self.run_warp::<CHECK>(w)
+    }
+
     /// Runs the warp until it waits, exits or has had its turn.
+    #[inline(always)]
     fn run_warp<const CHECK: bool>(&mut self, w: &mut Warp) -> Result<(), Fault> {
         let program = self.ctx.program;
         let observed = self.ctx.count || self.tracing;
@@ -466,6 +483,7 @@ impl<'a> Machine<'a> {
     }
 
     /// Everything but arithmetic and control. False: the warp stands elsewhere or waits; do not advance.
+    #[inline(always)]
     fn step<const CHECK: bool>(&mut self, w: &mut Warp, inst: &Inst, exec: u32) -> Result<bool, Fault> {
         match inst.op {
             Op::Setp { ty, truth, combine, negate } => crate::compare::setp(w, inst, exec, ty, truth, combine, negate),

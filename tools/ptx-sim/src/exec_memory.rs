@@ -94,11 +94,25 @@ impl Span {
         }
     }
 
-    /// Lanes in a row of 32-bit words from lane 0 on.
+    /// All lanes run, in a row of 32-bit words from lane 0 on.
     #[inline(always)]
     fn contiguous(&self) -> bool {
         let first = self.offsets[0];
-        self.offsets.iter().enumerate().fold(true, |ok, (l, o)| ok & (*o == first.wrapping_add(4 * l as u32)))
+        let mut differ = !self.good;
+        for l in 0..32 {
+            differ |= self.offsets[l].wrapping_sub(4 * l as u32) ^ first;
+        }
+        differ == 0
+    }
+
+    /// All lanes point to one place.
+    #[inline(always)]
+    fn uniform(&self) -> bool {
+        let mut differ = 0;
+        for l in 0..32 {
+            differ |= self.offsets[l] ^ self.offsets[0];
+        }
+        differ == 0
     }
 }
 
@@ -113,6 +127,7 @@ fn addresses(w: &Warp, base: u16, base64: bool, offset: i64) -> [u64; 32] {
 }
 
 impl Machine<'_> {
+    #[inline(always)]
     fn region(&mut self, space: Space, high: u64) -> (Region, *mut u8, u64) {
         let shared = (Region::Shared, self.shared.as_mut_ptr().cast(), u64::from(self.ctx.shared));
         let nowhere = (Region::Nowhere, std::ptr::null_mut(), 0);
@@ -129,6 +144,33 @@ impl Machine<'_> {
             },
             _ => nowhere,
         }
+    }
+
+    /// Where a load or store points. Shared memory by 32-bit addresses, all lanes running, is placed without widening.
+    #[inline(always)]
+    fn aim<const CHECK: bool>(
+        &mut self,
+        w: &Warp,
+        inst: &Inst,
+        access: Access,
+        bytes: u32,
+        lanes: u32,
+    ) -> Result<Span, Fault> {
+        if access.space == Space::Shared && !access.base64 && lanes == u32::MAX {
+            let base = w.u32s(inst.r[8]);
+            let (mut offsets, mut most, mut low) = ([0; 32], 0, 0);
+            for l in 0..32 {
+                offsets[l] = base[l].wrapping_add(inst.imm as u32);
+                most = most.max(offsets[l]);
+                low |= offsets[l];
+            }
+            if u64::from(most) + u64::from(bytes) <= u64::from(self.ctx.shared) && low & (bytes - 1) == 0 {
+                let ptr = self.shared.as_mut_ptr().cast();
+                return Ok(Span { region: Region::Shared, ptr, offsets, good: lanes, lanes });
+            }
+        }
+        let address = addresses(w, inst.r[8], access.base64, inst.imm);
+        self.locate::<CHECK>(w, access.space, &address, bytes, bytes, lanes)
     }
 
     /// Places the first lanes that share a region. Bad lanes are findings when checking, else the first is a fault.
@@ -333,6 +375,7 @@ impl Machine<'_> {
         }
     }
 
+    #[inline(always)]
     pub(crate) fn load<const CHECK: bool>(
         &mut self,
         w: &mut Warp,
@@ -340,11 +383,10 @@ impl Machine<'_> {
         access: Access,
         exec: u32,
     ) -> Result<(), Fault> {
-        let address = addresses(w, inst.r[8], access.base64, inst.imm);
         let bytes = access.total();
         let mut left = exec;
         while left != 0 {
-            let span = self.locate::<CHECK>(w, access.space, &address, bytes, bytes, left)?;
+            let span = self.aim::<CHECK>(w, inst, access, bytes, left)?;
             left &= !span.lanes;
             if self.ctx.count {
                 self.count_access(w, &span, bytes, false);
@@ -378,7 +420,17 @@ impl Machine<'_> {
         }
         let how = if how == Touch::Atomic { Touch::Read } else { how };
         if span.region == Region::Shared {
-            for l in (0..32u32).filter(|l| span.good >> l & 1 == 1) {
+            if bytes == 4 && span.contiguous() {
+                if let Some(shadow) = &mut self.shadow {
+                    if shadow.read_row(span.offsets[0], w.number) {
+                        return;
+                    }
+                }
+            }
+            // Of lanes that read one place, the first and the last stand for all.
+            let ends = 1 << span.good.trailing_zeros() | 1 << (31 - span.good.leading_zeros());
+            let lanes = if span.good != 0 && span.uniform() { span.good & ends } else { span.good };
+            for l in (0..32u32).filter(|l| lanes >> l & 1 == 1) {
                 self.touch_shared(w, how, span.offsets[l as usize], bytes, l, false);
             }
         } else {
@@ -388,6 +440,7 @@ impl Machine<'_> {
         }
     }
 
+    #[inline(always)]
     pub(crate) fn store<const CHECK: bool>(
         &mut self,
         w: &mut Warp,
@@ -395,11 +448,10 @@ impl Machine<'_> {
         access: Access,
         exec: u32,
     ) -> Result<(), Fault> {
-        let address = addresses(w, inst.r[8], access.base64, inst.imm);
         let bytes = access.total();
         let mut left = exec;
         while left != 0 {
-            let span = self.locate::<CHECK>(w, access.space, &address, bytes, bytes, left)?;
+            let span = self.aim::<CHECK>(w, inst, access, bytes, left)?;
             left &= !span.lanes;
             writable(&span)?;
             if self.ctx.count {
@@ -409,6 +461,13 @@ impl Machine<'_> {
                 let how = if access.strong { Touch::Atomic } else { Touch::Write };
                 self.atomic |= access.strong && access.sync;
                 self.fenced |= access.sync;
+                let row = bytes == 4 && access.n == 1 && span.region == Region::Shared && span.contiguous();
+                if row && self.shadow.as_mut().is_some_and(|s| s.write_row(span.offsets[0], w.number)) {
+                    if access.bytes == 4 && !access.wide {
+                        span.scatter::<u32>(0, |l| w.u32s(inst.r[0])[l]);
+                        continue;
+                    }
+                }
                 // Lane by lane: two lanes that write the same value to one place do no harm.
                 for l in (0..32usize).filter(|l| span.good >> l & 1 == 1) {
                     let value = lane_bytes(w, inst, access, l);
@@ -483,6 +542,15 @@ pub(crate) fn writable(span: &Span) -> Result<(), Fault> {
 /// Moves loaded values to the data registers.
 #[inline(always)]
 fn fill(w: &mut Warp, inst: &Inst, access: Access, span: &Span) {
+    let shared = span.region == Region::Shared;
+    if access.bytes == 4 && !access.wide && shared && access.n == 1 && span.contiguous() {
+        if inst.r[0] != NONE {
+            // SAFETY: `locate` bounded the first and the last lane; shared memory is this block's alone.
+            *w.u32s_mut(inst.r[0]) = unsafe { span.ptr.add(span.offsets[0] as usize).cast::<[u32; 32]>().read() };
+        }
+        return;
+    }
+    let uniform = span.uniform();
     for i in 0..usize::from(access.n) {
         let unit = inst.r[i];
         if unit == NONE {
@@ -498,10 +566,8 @@ fn fill(w: &mut Warp, inst: &Inst, access: Access, span: &Span) {
             continue;
         }
         let v: [u32; 32] = match (access.bytes, access.signed) {
-            (4, _) if span.good == u32::MAX && access.n == 1 && span.region == Region::Shared && span.contiguous() => {
-                // SAFETY: `locate` bounded the first and the last lane; shared memory is this block's alone.
-                unsafe { span.ptr.add(span.offsets[0] as usize).cast::<[u32; 32]>().read() }
-            }
+            // SAFETY: `locate` bounded and aligned the offset.
+            (4, _) if uniform => [unsafe { u32::read(span.ptr.add(span.offsets[0] as usize + shift)) }; 32],
             (4, _) => span.gather::<u32>(shift),
             (2, false) => span.gather::<u16>(shift).map(u32::from),
             (2, true) => span.gather::<u16>(shift).map(|v| v as i16 as i32 as u32),

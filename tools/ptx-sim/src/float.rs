@@ -184,6 +184,45 @@ pub(crate) fn half_to_f32(h: u16) -> f32 {
     f32::from_bits(magnitude.to_bits() | special | u32::from(h & 0x8000) << 16)
 }
 
+/// f32 to f16, to nearest even; NaN canonical. Branch-free, for vector loops.
+#[inline(always)]
+pub(crate) fn half_of_f32(v: f32) -> u16 {
+    let bits = v.to_bits();
+    let a = bits & 0x7fff_ffff;
+    // Below 2^-14, adding 1/2 leaves multiples of 2^-24: the sum rounds as the subnormal must.
+    let small = (f32::from_bits(a) + 0.5).to_bits().wrapping_sub(0x3f00_0000);
+    let normal = a.wrapping_add(0xfff + (a >> 13 & 1)).wrapping_sub(0x3800_0000) >> 13;
+    let finite = if a < 0x3880_0000 { small } else { normal };
+    let bounded = if a >= 0x477f_f000 { 0x7c00 } else { finite };
+    let signed = bounded | bits >> 16 & 0x8000;
+    (if a > 0x7f80_0000 { u32::from(NAN16) } else { signed }) as u16
+}
+
+/// f32 to bf16, to nearest even; NaN canonical.
+#[inline(always)]
+pub(crate) fn brain_of_f32(v: f32) -> u16 {
+    let bits = v.to_bits();
+    let near = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    (if bits & 0x7fff_ffff > 0x7f80_0000 { u32::from(NAN16) } else { near }) as u16
+}
+
+/// `a + b` in f32 rounded to odd, as [`add_odd`]; for operands of f16 range.
+#[inline(always)]
+fn add_odd_f32(a: f32, b: f32) -> f32 {
+    let s = a + b;
+    let t = s - a;
+    let error = (a - (s - t)) + (b - t);
+    let away = (error > 0.0) == (s > 0.0);
+    let odd = if away { s.to_bits().wrapping_add(1) } else { s.to_bits().wrapping_sub(1) };
+    // An infinite or NaN sum has a NaN error, which is neither above nor below 0.
+    let inexact = (error > 0.0) | (error < 0.0);
+    if inexact & (s.to_bits() & 1 == 0) {
+        f32::from_bits(odd)
+    } else {
+        s
+    }
+}
+
 /// bf16 to f32, exact.
 #[inline(always)]
 pub(crate) fn brain_to_f32(h: u16) -> f32 {
@@ -197,6 +236,7 @@ pub(crate) trait Half: Copy {
     fn of(bits: u16) -> Self;
     fn bits(self) -> u16;
     fn wide(self) -> f64;
+    fn of_f32(v: f32) -> Self;
 
     fn round(v: f64) -> Self {
         Self::round_by(v, Round::Near)
@@ -263,6 +303,28 @@ pub(crate) trait Half: Copy {
 impl Half for F16 {
     const NAME: &'static str = "f16";
     const FORMAT: Format = HALF;
+    // Two f16 make an f32 sum, difference or product whose second rounding is innocent: 24 bits are twice 11 and 2 more.
+    #[inline(always)]
+    fn add(self, b: F16) -> F16 {
+        F16(half_of_f32(half_to_f32(self.0) + half_to_f32(b.0)))
+    }
+    #[inline(always)]
+    fn sub(self, b: F16) -> F16 {
+        F16(half_of_f32(half_to_f32(self.0) - half_to_f32(b.0)))
+    }
+    #[inline(always)]
+    fn mul(self, b: F16) -> F16 {
+        F16(half_of_f32(half_to_f32(self.0) * half_to_f32(b.0)))
+    }
+    /// The product is exact in f32 too.
+    #[inline(always)]
+    fn fma(self, b: F16, c: F16) -> F16 {
+        F16(half_of_f32(add_odd_f32(half_to_f32(self.0) * half_to_f32(b.0), half_to_f32(c.0))))
+    }
+    #[inline(always)]
+    fn of_f32(v: f32) -> F16 {
+        F16(half_of_f32(v))
+    }
     fn of(bits: u16) -> F16 {
         F16(bits)
     }
@@ -277,6 +339,10 @@ impl Half for F16 {
 impl Half for Bf16 {
     const NAME: &'static str = "bf16";
     const FORMAT: Format = BRAIN;
+    #[inline(always)]
+    fn of_f32(v: f32) -> Bf16 {
+        Bf16(brain_of_f32(v))
+    }
     fn of(bits: u16) -> Bf16 {
         Bf16(bits)
     }

@@ -177,7 +177,8 @@ impl Forms {
         self.narrowing::<1>("rz");
         self.narrowing::<2>("rm");
         self.narrowing::<3>("rp");
-        self.add("cvt.rn.bf16.f32", lift1(|a: f32| Bf16::round(f64::from(a))));
+        self.add("cvt.rn.f16.f32", lift1(F16::of_f32));
+        self.add("cvt.rn.bf16.f32", lift1(Bf16::of_f32));
         self.add("cvt.rz.bf16.f32", lift1(|a: f32| Bf16::round_by(f64::from(a), Round::Zero)));
         self.add("cvt.rn.relu.f16.f32", lift1(|a: f32| F16::round(f64::from(a)).relu()));
         self.add("cvt.rz.relu.f16.f32", lift1(|a: f32| F16::round_by(f64::from(a), Round::Zero).relu()));
@@ -227,7 +228,7 @@ impl Forms {
         X2<H>: Lane<Cell = u32>,
     {
         let typed = |f: Form| f.typed(Type::parse(&format!("{}x2", H::NAME)).unwrap_or(Type::B32), &[Type::F32; 2]);
-        let round = |v: f32| H::round(f64::from(v));
+        let round = |v: f32| H::of_f32(v);
         let cut = |v: f32| H::round_by(f64::from(v), Round::Zero);
         let n = H::NAME;
         self.add(&format!("cvt.rn.{n}x2.f32"), typed(lift2(move |a: f32, b: f32| X2(round(b), round(a)))));

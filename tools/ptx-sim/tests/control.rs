@@ -108,7 +108,7 @@ fn shuffles_follow_the_isa() {
             "mul.lo.u32 %r1, %r0, 3;\nshfl.sync.{mode}.b32 %r9|%p0, %r1, {b}, {c}, -1;\n@%p0 add.u32 %r9, %r9, 256;"
         ));
         let want = each(|lane| {
-            let (b, c) = (b as i32 & 31, c as u32);
+            let (b, c) = (b & 31, c as u32);
             let segment = (c >> 8 & 31) as i32;
             let lane = lane as i32;
             let clamp = (c & 31) as i32;
