@@ -1,7 +1,8 @@
 //! The block's sixteen barriers: who has arrived, who waits, and what a `bar.red` has gathered.
 
-use crate::exec::{fault, Fault, Machine, State, Warp};
+use crate::exec::{fault, Fault, Machine};
 use crate::inst::{BarrierKind, Inst, Op, NONE};
+use crate::warp::{State, Warp};
 
 #[derive(Default)]
 pub(crate) struct Barrier {

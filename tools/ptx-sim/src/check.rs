@@ -1,4 +1,5 @@
-//! What checked mode finds: findings, and the shadow of shared and global memory that races and unwritten bytes show in.
+//! What checked mode finds: findings, and the shadow of shared and global memory that races and unwritten bytes show
+//! in.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -128,8 +129,8 @@ pub(crate) enum Touch {
     Issue,
 }
 
-/// Shared memory's shadow, with a vector clock for each warp: an access is ordered before another when a chain of barriers
-/// leads from one to the other. Lanes of a warp are ordered by `bar.warp.sync` and barriers only.
+/// Shared memory's shadow, with a vector clock for each warp: an access is ordered before another when a chain of
+/// barriers leads from one to the other. Lanes of a warp are ordered by `bar.warp.sync` and barriers only.
 pub(crate) struct SharedShadow {
     /// Last write of each grain.
     write: Vec<u32>,
@@ -215,7 +216,8 @@ impl SharedShadow {
         self.floor[warp] = self.known[warp][..warps].iter().copied().min().unwrap_or(self.base);
     }
 
-    /// All 32 lanes of a warp read a row of words from `offset` on. False: nothing recorded, the lanes must be looked at singly.
+    /// All 32 lanes of a warp read a row of words from `offset` on. False: nothing recorded, the lanes must be looked
+    /// at singly.
     #[inline(always)]
     pub fn read_row(&mut self, offset: u32, warp: u32) -> bool {
         let first = (offset >> 2) as usize;
@@ -274,8 +276,8 @@ impl SharedShadow {
         true
     }
 
-    /// Checks and records one thread's access of `bytes` at `offset`. `changes` says whether a write alters any byte: two threads
-    /// may write the same value.
+    /// Checks and records one thread's access of `bytes` at `offset`. `changes` says whether a write alters any byte:
+    /// two threads may write the same value.
     #[inline(always)]
     pub fn touch(&mut self, how: Touch, offset: u32, bytes: u32, warp: u32, lane: u32, changes: bool) -> Touched {
         let known = &self.known[warp as usize];
@@ -337,8 +339,8 @@ impl SharedShadow {
     }
 }
 
-/// Which blocks touched each grain of one buffer: `writer << 32 | reader`, each a block number + 1, or [`MANY`]; writers by
-/// atomics carry [`BY_ATOMIC`].
+/// Which blocks touched each grain of one buffer: `writer << 32 | reader`, each a block number + 1, or [`MANY`];
+/// writers by atomics carry [`BY_ATOMIC`].
 pub(crate) struct GlobalShadow {
     cells: Vec<AtomicU64>,
     shift: u32,

@@ -1,9 +1,9 @@
 //! `setp`: comparisons of 32 lanes to predicate masks.
 
-use crate::exec::Warp;
-use crate::float::{brain_to_f32, half_to_f32};
-use crate::inst::{Combine, Inst, EQUAL, GREATER, LESS, UNORDERED};
-use crate::types::{Class, Type};
+use crate::float::{brain_to_f32, flush, half_to_f32};
+use crate::inst::{Combine, Inst, Op, EQUAL, GREATER, LESS, UNORDERED};
+use crate::types::Class;
+use crate::warp::Warp;
 
 /// Lanes in which `f` holds. The loop is shaped so that four lanes become one vector comparison.
 #[inline(always)]
@@ -41,7 +41,8 @@ fn compare<T: Copy + PartialOrd>(a: &[T; 32], b: &[T; 32], truth: u8) -> u32 {
 }
 
 #[inline(always)]
-pub(crate) fn setp(w: &mut Warp, inst: &Inst, exec: u32, ty: Type, truth: u8, combine: Combine, negate: bool) {
+pub(crate) fn setp(w: &mut Warp, inst: &Inst, exec: u32) {
+    let Op::Setp { ty, truth, ftz, combine, negate } = inst.op else { return };
     let (a, b) = (inst.r[2], inst.r[3]);
     let pairs = |shift: u32, f: fn(u16) -> f32| {
         let side = |unit| -> [f32; 32] { w.u32s(unit).map(|v| f((v >> shift) as u16)) };
@@ -52,6 +53,10 @@ pub(crate) fn setp(w: &mut Warp, inst: &Inst, exec: u32, ty: Type, truth: u8, co
         (Class::Int, 4, true) => compare(&w.u32s(a).map(|v| v as i32), &w.u32s(b).map(|v| v as i32), truth),
         (Class::Int, 8, true) => compare(&w.u64s(a).map(|v| v as i64), &w.u64s(b).map(|v| v as i64), truth),
         (Class::Int, 2, true) => compare(&w.u32s(a).map(|v| v as i16), &w.u32s(b).map(|v| v as i16), truth),
+        (Class::F32, ..) if ftz => {
+            let side = |unit| w.u32s(unit).map(|v| flush(f32::from_bits(v)));
+            compare(&side(a), &side(b), truth)
+        }
         (Class::F32, ..) => compare(&w.u32s(a).map(f32::from_bits), &w.u32s(b).map(f32::from_bits), truth),
         (Class::F64, ..) => compare(&w.u64s(a).map(f64::from_bits), &w.u64s(b).map(f64::from_bits), truth),
         (Class::F16, ..) => pairs(0, half_to_f32),

@@ -1,19 +1,20 @@
 //! Runs one block: warps in lockstep, each until it waits at a barrier, exits or has had its turn.
 //!
-//! A warp's lanes that stand at one instruction run it together. When they part, the group that stands first in the text runs
-//! and the others wait to be met (min-pc); a group that needs absent lanes at a warp-wide instruction is parked until they come.
+//! A warp's lanes that stand at one instruction run it together. When they part, the group that stands first in the
+//! text runs and the others wait to be met (min-pc); a group that needs absent lanes at a warp-wide instruction is
+//! parked until they come.
 
 use crate::ast::Special;
 use crate::check::{Findings, GlobalShadow, Kind, SharedShadow};
 use crate::counts::{Counts, LineCount};
 use crate::decode::dynamic_base;
 use crate::error::{Error, Place};
-use crate::exec_copy::CopyQueue;
 use crate::inst::{Constant, Inst, Op, PredOp, Program, Uses, NONE};
-use crate::lanes::{has_avx2, Unit};
+use crate::lanes::has_avx2;
 use crate::launch::Bank;
 use crate::memory::{View, POISON};
 use crate::trace::{TraceStep, TraceWarp};
+use crate::warp::{pack, unpack, State, Warp};
 
 /// Instructions that a warp may run before the next warp has its turn.
 const TURN: u64 = 1 << 16;
@@ -46,150 +47,6 @@ pub(crate) struct Fault {
 
 pub(crate) fn fault<T>(lane: u32, message: impl Into<String>) -> Result<T, Fault> {
     Err(Fault { lane, message: message.into() })
-}
-
-/// Lanes that stand together, away from the running ones.
-struct Group {
-    pc: u32,
-    lanes: u32,
-    /// Waits for absent lanes, or at a barrier.
-    parked: bool,
-    /// The lanes it waits for.
-    awaited: u32,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum State {
-    Ready,
-    /// At a barrier.
-    Waiting(u32),
-    Done,
-}
-
-pub(crate) struct Warp {
-    pub number: u32,
-    pub file: Vec<Unit>,
-    pub preds: Vec<u32>,
-    /// Lanes that have written each slot.
-    init: Vec<u32>,
-    pub pc: u32,
-    pub active: u32,
-    /// Lanes that have not exited.
-    pub live: u32,
-    groups: Vec<Group>,
-    /// Lanes that the running ones have been waiting for at this instruction.
-    awaited: u32,
-    pub state: State,
-    steps: u64,
-    pub copies: CopyQueue,
-}
-
-impl Warp {
-    #[inline(always)]
-    pub fn u32s(&self, unit: u16) -> &[u32; 32] {
-        &self.file[unit as usize].0
-    }
-
-    #[inline(always)]
-    pub fn u32s_mut(&mut self, unit: u16) -> &mut [u32; 32] {
-        &mut self.file[unit as usize].0
-    }
-
-    #[inline(always)]
-    pub fn u64s(&self, unit: u16) -> &[u64; 32] {
-        let pair = &self.file[unit as usize..unit as usize + 2];
-        // SAFETY: two units are 256 bytes in a row, aligned to 64; every u64 is valid.
-        unsafe { &*pair.as_ptr().cast() }
-    }
-
-    #[inline(always)]
-    pub fn u64s_mut(&mut self, unit: u16) -> &mut [u64; 32] {
-        let pair = &mut self.file[unit as usize..unit as usize + 2];
-        // SAFETY: as in `u64s`, exclusive.
-        unsafe { &mut *pair.as_mut_ptr().cast() }
-    }
-
-    /// Writes the masked lanes of a 32-bit register.
-    #[inline(always)]
-    pub fn set(&mut self, unit: u16, lanes: u32, value: &[u32; 32]) {
-        let out = self.u32s_mut(unit);
-        if lanes == u32::MAX {
-            *out = *value;
-        } else {
-            for l in 0..32 {
-                out[l] = if lanes >> l & 1 == 1 { value[l] } else { out[l] };
-            }
-        }
-    }
-
-    #[inline(always)]
-    pub fn set_pred(&mut self, pred: u16, lanes: u32, value: u32) {
-        if pred != NONE {
-            let p = &mut self.preds[pred as usize];
-            *p = *p & !lanes | value & lanes;
-        }
-    }
-
-    /// Ends the given lanes.
-    fn exit(&mut self, lanes: u32) {
-        self.live &= !lanes;
-        self.active &= !lanes;
-        if self.active == 0 {
-            self.switch();
-        }
-    }
-
-    /// Puts the running lanes aside at `pc`, parked if they await some, and goes on with another group, if one may run.
-    fn put_aside(&mut self, awaited: u32) {
-        let (pc, lanes) = (self.pc, self.active);
-        let awaited = awaited | self.awaited;
-        self.active = 0;
-        self.groups.push(Group { pc, lanes, parked: awaited != 0, awaited });
-        self.switch();
-    }
-
-    /// Takes up the first group in text order: one that may run, else any.
-    fn switch(&mut self) {
-        let next = (0..self.groups.len()).min_by_key(|i| (self.groups[*i].parked, self.groups[*i].pc));
-        match next {
-            Some(i) => {
-                let g = self.groups.swap_remove(i);
-                (self.pc, self.active, self.awaited) = (g.pc, g.lanes, g.awaited);
-            }
-            None if self.live == 0 => self.state = State::Done,
-            None => {}
-        }
-    }
-
-    fn may_run_others(&self) -> bool {
-        self.groups.iter().any(|g| !g.parked)
-    }
-
-    /// After a move of `pc`: meets a group that stands there, and lets one that stands earlier go first.
-    fn meet(&mut self) {
-        if let Some(i) = self.groups.iter().position(|g| g.pc == self.pc) {
-            let g = self.groups.swap_remove(i);
-            self.active |= g.lanes;
-            self.awaited |= g.awaited;
-        }
-        if self.groups.iter().any(|g| !g.parked && g.pc < self.pc) {
-            self.put_aside(0);
-        }
-    }
-
-    /// A barrier lets this warp go: groups at barriers move past them.
-    pub fn release(&mut self, program: &Program) {
-        self.state = State::Ready;
-        for g in &mut self.groups {
-            if matches!(program.code.get(g.pc as usize).map(|i| i.op), Some(Op::Bar { .. })) {
-                g.pc += 1;
-            }
-            (g.parked, g.awaited) = (false, 0);
-        }
-        self.awaited = 0;
-        self.pc += 1;
-        self.meet();
-    }
 }
 
 /// One worker's block under way: everything but the warps.
@@ -240,20 +97,7 @@ impl<'a> Machine<'a> {
         let program = self.ctx.program;
         let threads: u32 = self.ctx.block.iter().product();
         let warp = |number| {
-            let mut w = Warp {
-                number,
-                file: vec![Unit([u32::from_ne_bytes([POISON; 4]); 32]); program.units],
-                preds: vec![0; program.preds],
-                init: vec![0; program.slots],
-                pc: 0,
-                active: 0,
-                live: 0,
-                groups: Vec::new(),
-                awaited: 0,
-                state: State::Ready,
-                steps: 0,
-                copies: CopyQueue::default(),
-            };
+            let mut w = Warp::new(number, program);
             for (unit, constant) in &program.constants {
                 match constant {
                     Constant::Bits32(v) => *w.u32s_mut(*unit) = [*v; 32],
@@ -328,8 +172,8 @@ impl<'a> Machine<'a> {
                 }
                 any = true;
                 self.tracing = self.ctx.trace.as_ref().is_some_and(|t| t.block == self.at && t.warp == i as u32);
-                // SAFETY: `has_avx2` answers for the machine.
                 let ran = if fast {
+                    // SAFETY: `has_avx2` answers for the machine.
                     unsafe { self.run_warp_fast::<CHECK>(&mut warps[i]) }
                 } else {
                     self.run_warp::<CHECK>(&mut warps[i])
@@ -486,7 +330,7 @@ impl<'a> Machine<'a> {
     #[inline(always)]
     fn step<const CHECK: bool>(&mut self, w: &mut Warp, inst: &Inst, exec: u32) -> Result<bool, Fault> {
         match inst.op {
-            Op::Setp { ty, truth, combine, negate } => crate::compare::setp(w, inst, exec, ty, truth, combine, negate),
+            Op::Setp { .. } => crate::compare::setp(w, inst, exec),
             Op::Selp { wide } => {
                 let p = w.preds[inst.r[3] as usize];
                 if wide {
@@ -561,7 +405,8 @@ impl<'a> Machine<'a> {
         Ok(mask)
     }
 
-    /// Whether all needed lanes stand here; otherwise the running ones are parked, or it is found that the others never come.
+    /// Whether all needed lanes stand here; otherwise the running ones are parked, or it is found that the others never
+    /// come.
     fn together<const CHECK: bool>(&mut self, w: &mut Warp, inst: &Inst, exec: u32, members: u32) -> bool {
         let skipped = w.active & !exec;
         if skipped & members != 0 && skipped != 0 {
@@ -671,58 +516,6 @@ impl<'a> Machine<'a> {
                 _ => u64::from(w.u32s(place)[lane]),
             };
             step.results.push((name.to_string(), value));
-        }
-    }
-}
-
-impl Warp {
-    /// Sends lanes to stand at `pc`, merged with those already there.
-    fn put_aside_at(&mut self, pc: u32, lanes: u32) {
-        match self.groups.iter_mut().find(|g| g.pc == pc) {
-            Some(g) => {
-                g.lanes |= lanes;
-                g.parked = false;
-            }
-            None => self.groups.push(Group { pc, lanes, parked: false, awaited: 0 }),
-        }
-    }
-
-    /// The running lanes wait at a barrier.
-    pub fn wait(&mut self, barrier: u32) {
-        self.state = State::Waiting(barrier);
-    }
-}
-
-fn pack(w: &mut Warp, inst: &Inst, exec: u32, n: u8, part: u8) {
-    if part == 8 {
-        let v = *w.u64s(inst.r[1]);
-        let out = w.u64s_mut(inst.r[0]);
-        (0..32).filter(|l| exec >> l & 1 == 1).for_each(|l| out[l] = v[l]);
-        return;
-    }
-    let bits = 8 * u32::from(part);
-    let mut sum = [0u64; 32];
-    for i in 0..usize::from(n) {
-        let v = w.u32s(inst.r[1 + i]);
-        for l in 0..32 {
-            sum[l] |= (u64::from(v[l]) & ((1 << bits) - 1)) << (bits * i as u32);
-        }
-    }
-    if n * part == 8 {
-        let out = w.u64s_mut(inst.r[0]);
-        (0..32).filter(|l| exec >> l & 1 == 1).for_each(|l| out[l] = sum[l]);
-    } else {
-        w.set(inst.r[0], exec, &sum.map(|v| v as u32));
-    }
-}
-
-fn unpack(w: &mut Warp, inst: &Inst, exec: u32, n: u8, part: u8) {
-    let bits = 8 * u32::from(part);
-    let v: [u64; 32] = if n * part == 8 { *w.u64s(inst.r[8]) } else { w.u32s(inst.r[8]).map(u64::from) };
-    for i in 0..usize::from(n) {
-        if inst.r[i] != NONE {
-            let out = v.map(|v| (v >> (bits * i as u32) & ((1 << bits) - 1)) as u32);
-            w.set(inst.r[i], exec, &out);
         }
     }
 }

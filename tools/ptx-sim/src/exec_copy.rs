@@ -3,13 +3,14 @@
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering::SeqCst};
 
 use crate::check::Touch;
-use crate::exec::{fault, Fault, Machine, Warp};
-use crate::exec_memory::{writable, Region};
+use crate::exec::{fault, Fault, Machine};
 use crate::float::Half;
 use crate::inst::{Access, Atomic, Inst, Op, Space, NONE};
 use crate::lanes::F16;
 use crate::memory::POISON;
+use crate::span::{writable, Region};
 use crate::types::Type;
+use crate::warp::Warp;
 
 /// More copies in flight than any pipeline has: a kernel that never waits.
 const MAX_IN_FLIGHT: usize = 4096;
@@ -74,7 +75,7 @@ impl Machine<'_> {
                         if CHECK {
                             self.touch_lane(w, &span, Touch::Read, size, l as u32);
                         }
-                        data[l] = span.lane_bytes(l, size);
+                        data[l] = span.bytes(l, size);
                     } else {
                         data[l] = [POISON; 16];
                     }

@@ -1,9 +1,10 @@
 //! What the lanes of a warp do together: shuffles, votes, matches, reductions, matrix loads.
 
 use crate::check::{Kind, Touch};
-use crate::exec::{Fault, Machine, Warp};
+use crate::exec::{Fault, Machine};
 use crate::inst::{Inst, Op, Redux, Shuffle, Space, Vote, NONE};
 use crate::memory::POISON;
+use crate::warp::Warp;
 
 impl Machine<'_> {
     /// Runs a warp-wide instruction. False: the warp waits at a barrier.

@@ -303,7 +303,8 @@ pub(crate) trait Half: Copy {
 impl Half for F16 {
     const NAME: &'static str = "f16";
     const FORMAT: Format = HALF;
-    // Two f16 make an f32 sum, difference or product whose second rounding is innocent: 24 bits are twice 11 and 2 more.
+    // Two f16 make an f32 sum, difference or product whose second rounding is innocent: 24 bits are twice 11 and 2
+    // more.
     #[inline(always)]
     fn add(self, b: F16) -> F16 {
         F16(half_of_f32(half_to_f32(self.0) + half_to_f32(b.0)))

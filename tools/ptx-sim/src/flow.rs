@@ -28,7 +28,8 @@ fn successors(i: usize, inst: &Inst) -> (Option<usize>, Option<usize>) {
     }
 }
 
-/// The most 32-bit registers live at once: an estimate of what the assembler will allocate, which also reorders and folds.
+/// The most 32-bit registers live at once: an estimate of what the assembler will allocate, which also reorders and
+/// folds.
 fn live_registers(program: &Program, width: &[u8]) -> u32 {
     let words = program.slots.div_ceil(64);
     let n = program.code.len();

@@ -1,4 +1,5 @@
-//! The arithmetic instructions, integer part: name, then what it does to one lane. See [`crate::forms_float`] for the rest.
+//! The arithmetic instructions, integer part: name, then what it does to one lane. See [`crate::forms_float`] for the
+//! rest.
 //!
 //! In names, `[.x]` may be there or not and `{a,b}` stands for each; modifiers other than types may come in any order.
 
@@ -145,6 +146,15 @@ impl Forms {
         self.add("dp4a.u32.s32", lift3(|a: u32, b: i32, c: i32| c.wrapping_add(dot4(a, b as u32, false, true))));
         self.add("dp4a.s32.u32", lift3(|a: i32, b: u32, c: i32| c.wrapping_add(dot4(a as u32, b, true, false))));
 
+        self.pack::<i8>();
+        self.pack::<u8>();
+        self.add("cvt.pack.sat.s16.s32", lift2(|a: i32, b: i32| joined::<i16>(a, b)).typed(B32, &[Type::S32; 2]));
+        self.add("cvt.pack.sat.u16.s32", lift2(|a: i32, b: i32| joined::<u16>(a, b)).typed(B32, &[Type::S32; 2]));
+        let slct = lift3(|a: u32, b: u32, c: i32| if c >= 0 { a } else { b });
+        for t in [B32, U32, Type::S32, Type::F32] {
+            self.add(&format!("slct.{}.s32", t.name()), slct.clone().typed(t, &[t, t, Type::S32]));
+        }
+
         let whole = |t: Type| (t, [t]);
         for t in [B16, B32, Type::U16, Type::S16, U32, Type::S32, Type::F32] {
             let (dst, src) = whole(t);
@@ -158,6 +168,13 @@ impl Forms {
             // Global and generic addresses are the same; shared ones are told apart by the decoder.
             self.add(&format!("cvta[.to].global.{t}"), lift1(|a: u64| a));
         }
+    }
+
+    /// Two saturated bytes below, the low half of `c` above them.
+    fn pack<T: Int>(&mut self) {
+        let form = lift3(|a: i32, b: i32, c: u32| joined::<T>(a, b) | c << 16);
+        let s = Type::S32;
+        self.add(&format!("cvt.pack.sat.{}.s32.b32", T::TYPE.name()), form.typed(Type::B32, &[s, s, Type::B32]));
     }
 
     fn arithmetic<T: Int>(&mut self) {
@@ -249,6 +266,14 @@ macro_rules! int {
     )*};
 }
 int!(u8, i8, u16, i16, u32, i32, u64, i64);
+
+/// `b` and above it `a`, both saturated to `T`.
+#[inline(always)]
+fn joined<T: Int>(a: i32, b: i32) -> u32 {
+    let mask = (1u32 << T::BITS) - 1;
+    let one = |v: i32| i128::from(v).clamp(T::MIN, T::MAX) as u32 & mask;
+    one(a) << T::BITS | one(b)
+}
 
 /// `bfe`: `length` bits from `start`; the sign is the field's top bit, or the value's when the field ends beyond it.
 fn extract(value: u64, start: u32, length: u32, bits: u32, signed: bool) -> u64 {

@@ -1,7 +1,7 @@
 //! The arithmetic instructions, float part, and conversions.
 //!
-//! Approximate instructions compute in f64 and round once, well inside the bounds that PTX documents; hardware may differ by
-//! 1 to 2 units in the last place (`rsqrt`, `rcp`, `ex2`, `div.full`), and by 2^-11 relative (`tanh`).
+//! Approximate instructions compute in f64 and round once, well inside the bounds that PTX documents; hardware may
+//! differ by 1 to 2 units in the last place (`rsqrt`, `rcp`, `ex2`, `div.full`), and by 2^-11 relative (`tanh`).
 
 use crate::float::{self, add_odd, encode, flush, narrow, saturate, Half, Round, BRAIN, DOUBLE, SINGLE, TF32};
 use crate::forms::{Forms, Int};

@@ -153,6 +153,7 @@ pub(crate) enum Op {
     Setp {
         ty: Type,
         truth: u8,
+        ftz: bool,
         combine: Combine,
         negate: bool,
     },

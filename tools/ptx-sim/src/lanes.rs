@@ -1,7 +1,7 @@
 //! Registers of a warp as 32-lane arrays, and scalar functions lifted to them.
 //!
-//! An arithmetic instruction is one closure over scalars; `lift*` turns it into a loop over the lanes, compiled twice: for any
-//! machine and for AVX2 with FMA. Closures capture nothing, so a function pointer says it all.
+//! An arithmetic instruction is one closure over scalars; `lift*` turns it into a loop over the lanes, compiled twice:
+//! for any machine and for AVX2 with FMA. Closures capture nothing, so a function pointer says it all.
 
 use std::ptr::NonNull;
 
@@ -16,8 +16,8 @@ pub(crate) struct Unit(pub [u32; 32]);
 
 /// Runs an arithmetic instruction on the lanes of the mask.
 ///
-/// # Safety
-/// The pointer covers every unit that the instruction names; the machine has the features that the function was compiled for.
+/// # Safety The pointer covers every unit that the instruction names; the machine has the features that the function
+/// was compiled for.
 pub(crate) type Exec = unsafe fn(*mut Unit, &Inst, u32);
 
 /// Lanes handled at a time: one AVX2 register of 32-bit values.

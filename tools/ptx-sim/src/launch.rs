@@ -186,8 +186,8 @@ const REGISTER_FILE: u32 = 65536;
 
 /// Runs one entry over the grid.
 ///
-/// Errors: an unknown entry, arguments or a block that do not fit, and faults: what has no result to go on with, such as an
-/// access out of bounds when unchecked, a deadlock, or the step limit.
+/// Errors: an unknown entry, arguments or a block that do not fit, and faults: what has no result to go on with, such
+/// as an access out of bounds when unchecked, a deadlock, or the step limit.
 pub fn launch(
     module: &Module,
     entry: &str,

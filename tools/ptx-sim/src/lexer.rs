@@ -1,4 +1,5 @@
-//! Source text to tokens, each with its line. Pure ASCII only: assemblers from 12.9 on refuse any other byte, comments too.
+//! Source text to tokens, each with its line. Pure ASCII only: assemblers from 12.9 on refuse any other byte, comments
+//! too.
 
 use crate::error::{at, At};
 

@@ -26,8 +26,8 @@
 //! # Ok::<(), ptx_sim::Error>(())
 //! ```
 //!
-//! Integers, f32 and f64 arithmetic and 16-bit arithmetic round exactly as PTX says; approximate instructions and float `mma`
-//! lie within PTX's bounds but not on any card's bits.
+//! Integers, f32 and f64 arithmetic and 16-bit arithmetic round exactly as PTX says; approximate instructions and float
+//! `mma` lie within PTX's bounds but not on any card's bits.
 
 // Loops over lanes index several arrays at once; iterators would hide that.
 #![allow(clippy::needless_range_loop)]
@@ -40,6 +40,7 @@ mod constexpr;
 mod counts;
 mod decode;
 mod decode_memory;
+mod decode_predicates;
 mod decode_warp;
 mod error;
 mod exec;
@@ -56,10 +57,13 @@ mod launch;
 mod lexer;
 mod memory;
 mod mma;
+mod mutate;
 mod parse;
 mod parse_body;
+mod span;
 mod trace;
 mod types;
+mod warp;
 
 pub use ast::ParamDecl;
 pub use check::{Finding, Kind};
@@ -67,4 +71,5 @@ pub use counts::{BufferCount, Counts, LineCount, SharedTraffic, Traffic};
 pub use error::{Error, Place};
 pub use launch::{launch, Entry, Launch, Module, Options, Param, Report};
 pub use memory::{BufferId, Memory};
+pub use mutate::{mutants, Mutant};
 pub use trace::{TraceStep, TraceWarp};

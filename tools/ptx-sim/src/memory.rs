@@ -1,5 +1,7 @@
-//! Global memory: separate buffers, so that every bound is exact. An address is `2·(index + 1) << 32 | offset`: the gap between
-//! two buffers' upper halves catches offsets that run below zero or past 4 GiB.
+//! Global memory: separate buffers, so that every bound is exact.
+//!
+//! An address is `2 (index + 1) << 32 | offset`: the gap between two buffers' upper halves catches offsets that run below
+//! zero or past 4 GiB.
 
 use std::ops::Range;
 
@@ -133,8 +135,8 @@ impl Memory {
     }
 }
 
-/// A buffer as the blocks of a launch share it. Blocks run in parallel and a faulty kernel may race, so bytes are touched only by
-/// relaxed atomic operations while a launch runs.
+/// A buffer as the blocks of a launch share it. Blocks run in parallel and a faulty kernel may race, so bytes are
+/// touched only by relaxed atomic operations while a launch runs.
 #[derive(Clone, Copy)]
 pub(crate) struct View {
     pub data: *mut u8,

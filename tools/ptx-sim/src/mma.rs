@@ -3,13 +3,14 @@
 //! With p elements in a 32-bit register, g = lane / 4 and t = lane mod 4, register r and element e hold
 //! A[g + 8 (r mod 2)][p t + e + 4 p (r div 2)], B[p t + e + 4 p r][g], and C and D[g + 8 (r div 2)][2 t + r mod 2].
 //!
-//! Integers are exact. Floats: products are exact in f32 and are added one by one to C for ascending k, rounding each sum;
-//! hardware adds groups of products with its own alignment and truncation, so results agree within a tolerance, not in bits.
+//! Integers are exact. Floats: products are exact in f32 and are added one by one to C for ascending k, rounding each
+//! sum; hardware adds groups of products with its own alignment and truncation, so results agree within a tolerance,
+//! not in bits.
 
-use crate::exec::Warp;
 use crate::float::{brain_to_f32, canonical, half_of_f32, half_to_f32};
 use crate::inst::{Factor, Inst, Mma};
 use crate::lanes::has_avx2;
+use crate::warp::Warp;
 
 const K: usize = 32;
 

@@ -321,6 +321,15 @@ fn moves_and_selection() {
     });
     check("setp.ge.u64 %p0, $a, $b; selp.b64 $d, $a, $b, !%p0", D, &[D, D], |a| a[0].min(a[1]));
     check("cvt.u16.u32 $d, $a", H, &[R], |a| a[0]);
+    check("cvt.pack.sat.s8.s32.b32 $d, $a, $b, $c", R, &[R, R, R], |a| {
+        let byte = |v: u64| u64::from((v as i32).clamp(-128, 127) as u8);
+        byte(a[0]) << 8 | byte(a[1]) | (a[2] & 0xffff) << 16
+    });
+    check("cvt.pack.sat.u16.s32 $d, $a, $b", R, &[R, R], |a| {
+        let half = |v: u64| (v as i32).clamp(0, 65535) as u64;
+        half(a[0]) << 16 | half(a[1])
+    });
+    check("slct.b32.s32 $d, $a, $b, $c", R, &[R, R, R], |a| if a[2] >> 31 == 0 { a[0] } else { a[1] });
     check("copysign.f32 $d, $a, $b", F, &[F, F], |a| a[0] & 0x8000_0000 | a[1] & 0x7fff_ffff);
 }
 
@@ -366,6 +375,9 @@ fn comparisons() {
         run(name, "f16", H, &|a, b| f16::from_bits(a as u16).partial_cmp(&f16::from_bits(b as u16)));
         run(name, "bf16", H, &|a, b| bf16::from_bits(a as u16).partial_cmp(&bf16::from_bits(b as u16)));
     }
+    check("setp.eq.ftz.f32 %p0, $a, $b; selp.u32 $d, 1, 0, %p0", R, &[F, F], |a| {
+        u64::from(ftz(f(a[0])) == ftz(f(a[1])))
+    });
     // Combination with a predicate, and the second destination.
     check(
         "setp.eq.u32 %p1, 1, 1; setp.lt.and.s32 %p0|%p2, $a, $b, !%p1; selp.u32 $d, 1, 0, %p0; @%p2 add.u32 $d, $d, 2",
@@ -385,7 +397,13 @@ fn comparisons() {
             }
         },
     );
-    check("setp.eq.u32 %p1, 1, 2; or.pred %p0, %p1, !%p1; xor.pred %p2, %p0, %p1; and.pred %p3, %p2, %p1; not.pred %p3, %p3; selp.u32 $d, $a, 0, %p3", R, &[R], |a| a[0]);
+    check(
+        "setp.eq.u32 %p1, 1, 2; or.pred %p0, %p1, !%p1; xor.pred %p2, %p0, %p1; and.pred %p3, %p2, %p1; \
+        not.pred %p3, %p3; selp.u32 $d, $a, 0, %p3",
+        R,
+        &[R],
+        |a| a[0],
+    );
     check("setp.gt.f16x2 %p0|%p1, $a, $b; selp.u32 $d, 1, 0, %p0; @%p1 add.u32 $d, $d, 2", R, &[R, R], |a| {
         let side = |s: u32| f16::from_bits((a[0] >> s) as u16) > f16::from_bits((a[1] >> s) as u16);
         u64::from(side(0)) + 2 * u64::from(side(16))

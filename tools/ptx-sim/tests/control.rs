@@ -82,7 +82,8 @@ fn partial_warps_and_odd_blocks() {
         1,
         "mov.u32 %r0, %tid.x; mov.u32 %r1, %tid.y; mov.u32 %r2, %ntid.x; mad.lo.u32 %r0, %r1, %r2, %r0;\n\
          mov.u32 %r3, %ctaid.y; mad.lo.u32 %r3, %r3, 42, %r0;\nmov.u32 %r4, %warpid; shl.b32 %r4, %r4, 8;\n\
-         mov.u32 %r5, %laneid; add.u32 %r4, %r4, %r5;\nmad.wide.u32 %d0, %r3, 4, %d20;\nst.global.u32 [%d0], %r4;\nret;",
+         mov.u32 %r5, %laneid; add.u32 %r4, %r4, %r5;\nmad.wide.u32 %d0, %r3, 4, %d20;\nst.global.u32 [%d0], %r4;\n\
+         ret;",
     );
     let ran = run_with(&source, [1, 2, 1], [7, 6, 1], 0, &[Buf::Out(4 * 84)], &[], &checked()).unwrap();
     assert!(ran.report.findings.is_empty(), "{:?}", ran.report.findings);
@@ -204,7 +205,8 @@ fn traces_are_annotated() {
 fn counts_of_a_small_kernel() {
     let source = kernel(
         1,
-        ".shared .u32 s[1024];\nmov.u32 %r0, %tid.x; mad.wide.u32 %d0, %r0, 8, %d20;\nld.global.u32 %r1, [%d0]; // load\n\
+        ".shared .u32 s[1024];\nmov.u32 %r0, %tid.x; mad.wide.u32 %d0, %r0, 8, %d20;\nld.global.u32 %r1, [%d0]; \
+        // load\n\
          shl.b32 %r2, %r0, 7; mov.u32 %r3, s; add.u32 %r2, %r2, %r3;\nst.shared.u32 [%r2], %r1; // store\nret;",
     );
     let ran = run(&source, &[Buf::In(vec![0; 256])]);

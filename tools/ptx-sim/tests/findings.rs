@@ -143,7 +143,8 @@ fn lanes_of_a_warp_race_without_a_warp_barrier() {
         kernel(
             0,
             &format!(
-                ".shared .u32 s[32];\nmov.u32 %r0, %laneid; shl.b32 %r1, %r0, 2; mov.u32 %r2, s; add.u32 %r3, %r2, %r1;\n\
+                ".shared .u32 s[32];\nmov.u32 %r0, %laneid; shl.b32 %r1, %r0, 2; mov.u32 %r2, s; \
+                add.u32 %r3, %r2, %r1;\n\
                  st.shared.u32 [%r3], %r0;\n{barrier}\nxor.b32 %r1, %r1, 4; add.u32 %r3, %r2, %r1;\n\
                  ld.shared.u32 %r4, [%r3]; // read\nret;"
             ),
@@ -230,7 +231,8 @@ fn barriers_in_divergent_code() {
     assert_eq!(f.place.lane, 0);
     let branch = kernel(
         0,
-        "mov.u32 %r0, %laneid; setp.lt.u32 %p0, %r0, 7;\n@%p0 bra skip;\nbar.sync 0; // here\nskip:\nadd.u32 %r0, %r0, 1;\nret;",
+        "mov.u32 %r0, %laneid; setp.lt.u32 %p0, %r0, 7;\n@%p0 bra skip;\nbar.sync 0; // here\nskip:\n\
+        add.u32 %r0, %r0, 1;\nret;",
     );
     one(&branch, 1, 32, &[], Kind::Divergence, "here");
     // Lanes that have exited are not waited for.
@@ -256,7 +258,8 @@ fn shuffles_in_divergent_code() {
     assert!(run(&right, &[]).report.findings.is_empty());
     let beyond = kernel(
         0,
-        "mov.u32 %r0, %laneid; setp.lt.u32 %p0, %r0, 16;\n@%p0 shfl.sync.bfly.b32 %r1, %r0, 16, 31, 0xffff; // here\nret;",
+        "mov.u32 %r0, %laneid; setp.lt.u32 %p0, %r0, 16;\n@%p0 shfl.sync.bfly.b32 %r1, %r0, 16, 31, 0xffff; // here\n\
+        ret;",
     );
     one(&beyond, 1, 32, &[], Kind::Divergence, "here");
 }

@@ -48,7 +48,8 @@ fn both2(v: u32, w: u32, f: impl Fn(u16, u16) -> u16) -> u32 {
     u32::from(f(v as u16, w as u16)) | u32::from(f((v >> 16) as u16, (w >> 16) as u16)) << 16
 }
 
-/// The f16 nearest to `v`, ties to even. `half` converts an f64 from its upper 32 bits only, so its neighbours compete too.
+/// The f16 nearest to `v`, ties to even. `half` converts an f64 from its upper 32 bits only, so its neighbours compete
+/// too.
 fn nearest16(v: f64) -> f16 {
     let near = f16::from_f64(v);
     let bits = near.to_bits();

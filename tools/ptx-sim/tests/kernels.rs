@@ -3,7 +3,8 @@
 mod common;
 
 use common::{bytes_f32, checked, f32s, run_with, unchecked, Buf, Random};
-use ptx_sim::Options;
+use half::f16;
+use ptx_sim::{mutants, Error, Options};
 
 fn dims(words: &[u32]) -> Vec<u8> {
     let mut block = common::bytes32(words);
@@ -65,4 +66,66 @@ fn mean_square_matches_loops() {
             }
         }
     }
+}
+
+/// x, q, scale, and the exact result, which small integers make independent of the order of sums.
+fn q4_case(m: usize, n: usize, k: usize) -> ([Vec<u8>; 3], Vec<f32>) {
+    let mut random = Random(77);
+    let x: Vec<i32> = (0..m * k).map(|_| (random.bits() >> 40) as i32 % 9 - 4).collect();
+    let q: Vec<u8> = (0..n * k / 2).map(|_| (random.bits() >> 40) as u8).collect();
+    let scale: Vec<f32> = (0..n).map(|i| [0.5, 1.0, 2.0][i % 3]).collect();
+    let nibble = |row: usize, i: usize| i32::from(q[(row * k + i) / 2] >> (4 * (i % 2)) & 15) - 8;
+    let mut y = Vec::new();
+    for row in 0..m {
+        for col in 0..n {
+            let dot: i32 = (0..k).map(|i| x[row * k + i] * nibble(col, i)).sum();
+            y.push(dot as f32 * scale[col]);
+        }
+    }
+    let halves = x.iter().flat_map(|v| f16::from_f32(*v as f32).to_le_bytes()).collect();
+    ([halves, q, bytes_f32(&scale)], y)
+}
+
+#[test]
+fn tile_q4_is_exact() {
+    let source = include_str!("ptx/tile_q4.ptx");
+    for (m, n, k) in [(16, 32, 32), (32, 64, 96), (16, 96, 256)] {
+        let (inputs, y) = q4_case(m, n, k);
+        for options in [checked(), unchecked()] {
+            let buffers: Vec<Buf> = inputs.iter().map(|b| Buf::In(b.clone())).chain([Buf::Out(4 * m * n)]).collect();
+            let block = dims(&[n as u32, k as u32]);
+            let grid = [n as u32 / 32, m as u32 / 16, 1];
+            let ran = run_with(source, grid, [64, 1, 1], 0, &buffers, &[block], &options).unwrap();
+            assert!(ran.report.findings.is_empty(), "{:#?}", ran.report.findings);
+            assert_eq!(f32s(&ran.buffers[3]), y, "{m} {n} {k}");
+            if options.count {
+                let conflicts = |name: &str| -> u64 {
+                    ran.report.counts.lines.iter().filter(|l| l.name.starts_with(name)).map(|l| l.conflicts).sum()
+                };
+                assert_eq!((conflicts("ldmatrix"), conflicts("cp.async")), (0, 0));
+                assert_eq!(ran.report.counts.mma_macs, (m * n * k) as u64);
+            }
+        }
+    }
+}
+
+/// Every fault put into the tile betrays itself: a finding, a fault, or a wrong result.
+#[test]
+fn mutants_of_the_tile_are_caught() {
+    let source = include_str!("ptx/tile_q4.ptx");
+    let (m, n, k) = (16, 32, 96);
+    let (inputs, y) = q4_case(m, n, k);
+    let all = mutants(source);
+    assert!(all.len() >= 10, "{} mutants", all.len());
+    let mut silent = Vec::new();
+    for mutant in &all {
+        let buffers: Vec<Buf> = inputs.iter().map(|b| Buf::In(b.clone())).chain([Buf::Out(4 * m * n)]).collect();
+        let ran = run_with(&mutant.source, [1; 3], [64, 1, 1], 0, &buffers, &[dims(&[n as u32, k as u32])], &checked());
+        match ran {
+            Ok(ran) if ran.report.findings.is_empty() && f32s(&ran.buffers[3]) == y => silent.push(mutant),
+            Ok(_) | Err(Error::Fault { .. }) => {}
+            Err(e) => panic!("{}: {e}", mutant.change),
+        }
+    }
+    assert!(silent.is_empty(), "{:#?}", silent.iter().map(|m| (m.line, &m.change)).collect::<Vec<_>>());
 }

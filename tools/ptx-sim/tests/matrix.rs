@@ -1,4 +1,5 @@
-//! `mma`, `ldmatrix`, `stmatrix` and `movmatrix` against the PTX ISA's fragment tables, written here from the tables anew.
+//! `mma`, `ldmatrix`, `stmatrix` and `movmatrix` against the PTX ISA's fragment tables, written here from the tables
+//! anew.
 
 mod common;
 
@@ -227,7 +228,8 @@ fn satfinite_saturates() {
         kernel(
             1,
             &format!(
-                "mov.u32 %r0, 0x7f7f7f7f; mov.u32 %r1, 0x7fffff00; mov.u32 %r60, %laneid; mad.wide.u32 %d0, %r60, 4, %d20;\n\
+                "mov.u32 %r0, 0x7f7f7f7f; mov.u32 %r1, 0x7fffff00; mov.u32 %r60, %laneid; \
+                mad.wide.u32 %d0, %r60, 4, %d20;\n\
                  mma.sync.aligned.m16n8k16.row.col{sat}.s32.s8.s8.s32 {{%r4, %r5, %r6, %r7}}, {{%r0, %r0}}, {{%r0}},\n\
                  {{%r1, %r1, %r1, %r1}};\nst.global.b32 [%d0], %r4;\nret;"
             ),
@@ -244,7 +246,8 @@ fn matrix_kernel(op: &str) -> String {
         1,
         &format!(
             ".shared .align 16 .b8 s[1024];\nmov.u32 %r0, %laneid; mov.u32 %r1, 0; mov.u32 %r10, s;\nfill:\n\
-             shl.b32 %r2, %r1, 5; add.u32 %r2, %r2, %r0; shl.b32 %r3, %r2, 1; shl.b32 %r4, %r2, 2; add.u32 %r4, %r4, %r10;\n\
+             shl.b32 %r2, %r1, 5; add.u32 %r2, %r2, %r0; shl.b32 %r3, %r2, 1; shl.b32 %r4, %r2, 2; \
+             add.u32 %r4, %r4, %r10;\n\
              mad.lo.u32 %r3, %r3, 65537, 65536; st.shared.u32 [%r4], %r3;\nadd.u32 %r1, %r1, 1;\n\
              setp.lt.u32 %p0, %r1, 8;\n@%p0 bra fill;\nbar.warp.sync -1;\n\
              mad.wide.u32 %d0, %r0, 4, %d20;\n{op}\nret;"
@@ -284,7 +287,8 @@ fn stmatrix_undoes_ldmatrix() {
         let source = matrix_kernel(&format!(
             "shl.b32 %r5, %r0, 4; add.u32 %r5, %r5, %r10;\n\
              ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{%r20, %r21, %r22, %r23}}, [%r5];\nbar.warp.sync -1;\n\
-             stmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 [%r5 + 512], {{%r20, %r21, %r22, %r23}};\nbar.warp.sync -1;\n\
+             stmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 [%r5 + 512], {{%r20, %r21, %r22, %r23}};\n\
+             bar.warp.sync -1;\n\
              ld.shared.v4.b32 {{%r30, %r31, %r32, %r33}}, [%r5 + 512]; mad.wide.u32 %d0, %r0, 16, %d20;\n\
              st.global.v4.b32 [%d0], {{%r30, %r31, %r32, %r33}};"
         ))
@@ -301,7 +305,8 @@ fn movmatrix_transposes() {
     let source = kernel(
         1,
         "mov.u32 %r0, %laneid; shl.b32 %r1, %r0, 1; mad.lo.u32 %r1, %r1, 65537, 65536;\n\
-         movmatrix.sync.aligned.m8n8.trans.b16 %r2, %r1;\nmad.wide.u32 %d0, %r0, 4, %d20; st.global.b32 [%d0], %r2;\nret;",
+         movmatrix.sync.aligned.m8n8.trans.b16 %r2, %r1;\nmad.wide.u32 %d0, %r0, 4, %d20; st.global.b32 [%d0], %r2;\n\
+         ret;",
     );
     let d = u32s(&run(&source, &[Buf::Out(128)]).buffers[0]);
     for lane in 0..32u32 {
@@ -315,7 +320,8 @@ fn ldmatrix_conflicts_are_counted() {
     // Rows 128 bytes apart all start in bank 0: eight waves a matrix.
     let source = kernel(
         0,
-        ".extern .shared .align 16 .b8 s[];\nmov.u32 %r0, %laneid; shl.b32 %r1, %r0, 7; mov.u32 %r2, s; add.u32 %r1, %r1, %r2;\n\
+        ".extern .shared .align 16 .b8 s[];\nmov.u32 %r0, %laneid; shl.b32 %r1, %r0, 7; mov.u32 %r2, s; \
+        add.u32 %r1, %r1, %r2;\n\
          mov.b32 %r3, 0; st.shared.v4.b32 [%r1], {%r3, %r3, %r3, %r3}; bar.warp.sync -1;\n\
          ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r4, %r5, %r6, %r7}, [%r1];\nret;",
     );

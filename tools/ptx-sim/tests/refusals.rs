@@ -73,7 +73,8 @@ fn modules_are_checked() {
 
 #[test]
 fn constant_expressions_scopes_and_general_parameters() {
-    let source = ".version 7.8\n.target sm_80\n.address_size 64\n.const .align 4 .u32 table[2][2] = {{1, 2}, {3, 0x10}};\n\
+    let source = ".version 7.8\n.target sm_80\n.address_size 64\n\
+        .const .align 4 .u32 table[2][2] = {{1, 2}, {3, 0x10}};\n\
         .visible .entry k(.param .u32 n, .param .u64 .ptr .global .align 16 out, .param .align 8 .b8 s[12], .param .u16 h)\n\
         .maxntid 64 .minnctapersm 1 {\n\
         .reg .b32 x, %y<3>; .reg .b64 %o; .reg .b16 %h;\n.pragma \"nounroll\";\n\
@@ -166,7 +167,8 @@ fn deep_nesting_is_refused() {
     let parens = kernel(0, &format!("mov.u32 %r0, {}1{};\nret;", "(".repeat(100_000), ")".repeat(100_000)));
     assert!(Module::parse(&parens, "deep").is_err());
     for prefix in ["-", "(.u64)", "1 ? 1 : "] {
-        assert!(Module::parse(&kernel(0, &format!("mov.u32 %r0, {}1;\nret;", prefix.repeat(100_000))), "deep").is_err());
+        let source = kernel(0, &format!("mov.u32 %r0, {}1;\nret;", prefix.repeat(100_000)));
+        assert!(Module::parse(&source, "deep").is_err());
     }
     assert!(
         Module::parse(&kernel(0, &format!("{}{}\nret;", "{".repeat(100_000), "}".repeat(100_000))), "deep").is_err()
