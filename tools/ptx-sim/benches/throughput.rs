@@ -96,4 +96,40 @@ fn main() {
         };
         println!("{:<22} {:>14.2} {:>14.2}", case.name, rate(false), rate(true));
     }
+    tile();
+}
+
+/// A whole kernel: the q4 tensor-core tile of the tests over 64 x 256 x 256.
+fn tile() {
+    let source = include_str!("../tests/ptx/tile_q4.ptx");
+    let start = Instant::now();
+    let module = match Module::parse(source, "tile_q4.ptx") {
+        Ok(m) => m,
+        Err(e) => panic!("{e}"),
+    };
+    let parse = start.elapsed().as_secs_f64() * 1e3;
+    let (m, n, k) = (64, 256, 256);
+    let time = |checked: bool| -> f64 {
+        let mut best = f64::INFINITY;
+        for _ in 0..5 {
+            let mut memory = Memory::new();
+            let sizes = [2 * m * k, n * k / 2, 4 * n, 4 * m * n];
+            let mut params: Vec<Param> =
+                sizes.iter().filter_map(|s| memory.alloc(*s, true).ok()).map(Param::Buffer).collect();
+            let mut dims = vec![0; 64];
+            dims[..4].copy_from_slice(&(n as u32).to_le_bytes());
+            dims[4..8].copy_from_slice(&(k as u32).to_le_bytes());
+            params.push(Param::Bytes(dims));
+            let grid = [n as u32 / 32, m as u32 / 16, 1];
+            let shape = Launch { grid, block: [64, 1, 1], dynamic_shared: 0, params };
+            let options = Options { checked, threads: 1, ..Options::default() };
+            let start = Instant::now();
+            if let Err(e) = launch(&module, "tile_q4", &mut memory, &shape, &options) {
+                panic!("{e}");
+            }
+            best = best.min(start.elapsed().as_secs_f64() * 1e3);
+        }
+        best
+    };
+    println!("tile_q4 {m}x{n}x{k}: parse {parse:.2} ms, run {:.2} ms, checked {:.2} ms", time(false), time(true));
 }

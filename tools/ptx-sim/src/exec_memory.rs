@@ -197,6 +197,17 @@ impl Machine<'_> {
         }
     }
 
+    /// One lane's bytes of a buffer count as written.
+    fn mark_written(&self, span: &Span, bytes: u32, lane: u32) {
+        let Region::Buffer(b) = span.region else { return };
+        let init = self.ctx.views[b].init;
+        if !init.is_null() {
+            let start = span.offsets[lane as usize];
+            // SAFETY: one flag a byte, and the access lies within the buffer.
+            (start..start + bytes).for_each(|i| unsafe { u8::write(init.add(i as usize), 1) });
+        }
+    }
+
     #[inline(always)]
     pub(crate) fn touch_shared(&mut self, w: &Warp, how: Touch, offset: u32, bytes: u32, lane: u32, changes: bool) {
         let Some(shadow) = &mut self.shadow else { return };
@@ -353,6 +364,9 @@ impl Machine<'_> {
                 for l in (0..32usize).filter(|l| span.good >> l & 1 == 1) {
                     let value = lane_bytes(w, inst, access, l);
                     let changes = span.bytes(l, bytes) != value;
+                    if how == Touch::Atomic {
+                        self.mark_written(&span, bytes, l as u32); // unlike an atomic, it reads nothing
+                    }
                     if how == Touch::Atomic && span.region == Region::Shared {
                         self.touch_shared(w, Touch::Write, span.offsets[l], bytes, l as u32, changes);
                     } else {

@@ -1,7 +1,7 @@
 //! Global memory: separate buffers, so that every bound is exact.
 //!
-//! An address is `2 (index + 1) << 32 | offset`: the gap between two buffers' upper halves catches offsets that run below
-//! zero or past 4 GiB.
+//! An address is `2 (index + 1) << 32 | offset`: the gap between two buffers' upper halves catches offsets that run
+//! below zero or past 4 GiB.
 
 use std::ops::Range;
 

@@ -225,6 +225,16 @@ fn the_last_block_may_read_what_fenced_blocks_wrote() {
 }
 
 #[test]
+fn released_flags_are_written_without_being_read() {
+    let source = kernel(
+        1,
+        "st.release.gpu.global.u32 [%d20], 1;\nld.acquire.gpu.global.u32 %r0, [%d20];\nld.global.u32 %r1, [%d20];\nret;",
+    );
+    let ran = run(&source, &[Buf::Out(4)]);
+    assert!(ran.report.findings.is_empty(), "{:?}", ran.report.findings);
+}
+
+#[test]
 fn barriers_in_divergent_code() {
     let guarded = kernel(0, "mov.u32 %r0, %laneid; setp.lt.u32 %p0, %r0, 7;\n@%p0 bar.sync 0; // here\nret;");
     let f = one(&guarded, 1, 32, &[], Kind::Divergence, "here");
@@ -296,7 +306,7 @@ fn missing_ret() {
 fn resources_beyond_the_target() {
     let big = kernel(0, ".shared .b8 s[50000];\nret;");
     assert_eq!(run(&big, &[]).report.findings[0].kind, Kind::Resources);
-    let dynamic = kernel(0, ".extern .shared .align 16 .b8 s[];\nret;").replace(".extern", ".extern");
+    let dynamic = kernel(0, ".extern .shared .align 16 .b8 s[];\nret;");
     let with = |bytes| run_with(&dynamic, [1; 3], [32, 1, 1], bytes, &[], &[], &checked()).unwrap().report.findings;
     assert!(with(163 * 1024).is_empty());
     assert_eq!(with(163 * 1024 + 16)[0].kind, Kind::Resources);

@@ -36,7 +36,8 @@ fn pairs(seed: u64) -> Vec<u32> {
     let edges =
         [0u16, 0x8000, 1, 0x8001, 0x03ff, 0x0400, 0x3c00, 0xbc00, 0x3c01, 0x7bff, 0xfbff, 0x7c00, 0xfc00, 0x7e00];
     let mut random = Random(seed);
-    let mut half = |r: u64| if r % 4 == 0 { edges[(r >> 8) as usize % edges.len()] } else { random.bits() as u16 };
+    let mut half =
+        |r: u64| if r.is_multiple_of(4) { edges[(r >> 8) as usize % edges.len()] } else { random.bits() as u16 };
     (0..4096u64).map(|i| u32::from(half(i)) | u32::from(half(i * 7 + 1)) << 16).collect()
 }
 
@@ -248,7 +249,8 @@ fn tf32_rounds_ties_away() {
 #[test]
 fn float_to_integer_saturates() {
     let x = singles();
-    let modes: [(&str, fn(f64) -> f64); 4] =
+    type Rounding = fn(f64) -> f64;
+    let modes: [(&str, Rounding); 4] =
         [("rni", f64::round_ties_even), ("rzi", f64::trunc), ("rmi", f64::floor), ("rpi", f64::ceil)];
     for (mode, round) in modes {
         for (ty, low, high) in [("s32", -2147483648.0, 2147483647.0), ("u32", 0.0, 4294967295.0)] {

@@ -208,7 +208,8 @@ fn mma_with_f16_sums_rounds_once() {
     for i in 0..8 {
         body += &format!("ld.global.b32 %r{i}, [%d0 + {}];\n", 128 * i);
     }
-    body += "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%r10, %r11}, {%r0, %r1, %r2, %r3}, {%r4, %r5}, {%r6, %r7};\n\
+    body += "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%r10, %r11}, {%r0, %r1, %r2, %r3}, {%r4, %r5},\n\
+             {%r6, %r7};\n\
              st.global.b32 [%d1], %r10; st.global.b32 [%d1 + 128], %r11; ret;";
     let ran = run(&kernel(2, &body), &[Buf::In(bytes32(&input)), Buf::Out(256)]);
     let d = u32s(&ran.buffers[1]);
@@ -295,7 +296,7 @@ fn stmatrix_undoes_ldmatrix() {
         .replace("sm_80", "sm_90");
         let ran = run(&source, &[Buf::Out(512)]);
         assert!(ran.report.findings.is_empty(), "{:?}", ran.report.findings);
-        let want: Vec<u32> = (0..128u32).map(|i| 2 * i | (2 * i + 1) << 16).collect();
+        let want: Vec<u32> = (0..128u32).map(|i| (2 * i) | ((2 * i + 1) << 16)).collect();
         assert_eq!(u32s(&ran.buffers[0]), want);
     }
 }

@@ -75,7 +75,8 @@ fn modules_are_checked() {
 fn constant_expressions_scopes_and_general_parameters() {
     let source = ".version 7.8\n.target sm_80\n.address_size 64\n\
         .const .align 4 .u32 table[2][2] = {{1, 2}, {3, 0x10}};\n\
-        .visible .entry k(.param .u32 n, .param .u64 .ptr .global .align 16 out, .param .align 8 .b8 s[12], .param .u16 h)\n\
+        .visible .entry k(.param .u32 n, .param .u64 .ptr .global .align 16 out,\n\
+        .param .align 8 .b8 s[12], .param .u16 h)\n\
         .maxntid 64 .minnctapersm 1 {\n\
         .reg .b32 x, %y<3>; .reg .b64 %o; .reg .b16 %h;\n.pragma \"nounroll\";\n\
         ld.param.u32 x, [n]; ld.param.u64 %o, [out]; ld.param.u32 %y0, [s + 2*4]; ld.param.u16 %h, [h];\n\
