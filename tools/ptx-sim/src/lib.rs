@@ -26,12 +26,13 @@
 //! # Ok::<(), ptx_sim::Error>(())
 //! ```
 //!
-//! Warps run in lockstep; lanes that part meet again at the first instruction both reach. A launch runs each warp to its
-//! next barrier, blocks in parallel. Checked launches go on after a finding: a refused load gives a NaN, a refused store
-//! writes nothing. Races in shared memory are judged by vector clocks over barriers, exactly but for more than two
-//! unordered readers of one place; races between blocks by who touched each byte, where a block that has both used a
-//! device-wide fence and an atomic is taken to have ordered itself. Register pressure is an estimate: values live at once.
-//! What is not supported (calls, local memory, textures, `wgmma`, `mbarrier`, TMA, fp8) is refused by name and line.
+//! Warps run in lockstep; lanes that part meet again at the first instruction both reach. A launch runs each warp to
+//! its next barrier, blocks in parallel. Checked launches go on after a finding: a refused load gives a NaN, a
+//! refused store writes nothing. Races in shared memory are judged by vector clocks over barriers, exactly but for
+//! more than two unordered readers of one place; races between blocks by who touched each byte, where a block that
+//! has both used a device-wide fence and an atomic is taken to have ordered itself. Register pressure is an estimate:
+//! values live at once. What is not supported (calls, local memory, textures, `wgmma`, `mbarrier`, TMA, fp8) is
+//! refused by name and line.
 //!
 //! Integers, f32 and f64 arithmetic and 16-bit arithmetic round exactly as PTX says; approximate instructions and float
 //! `mma` lie within PTX's bounds but not on any card's bits.

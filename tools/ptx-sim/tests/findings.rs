@@ -228,7 +228,8 @@ fn the_last_block_may_read_what_fenced_blocks_wrote() {
 fn released_flags_are_written_without_being_read() {
     let source = kernel(
         1,
-        "st.release.gpu.global.u32 [%d20], 1;\nld.acquire.gpu.global.u32 %r0, [%d20];\nld.global.u32 %r1, [%d20];\nret;",
+        "st.release.gpu.global.u32 [%d20], 1;\nld.acquire.gpu.global.u32 %r0, [%d20];\n\
+         ld.global.u32 %r1, [%d20];\nret;",
     );
     let ran = run(&source, &[Buf::Out(4)]);
     assert!(ran.report.findings.is_empty(), "{:?}", ran.report.findings);

@@ -77,9 +77,9 @@ fn q4_case(m: usize, n: usize, k: usize) -> ([Vec<u8>; 3], Vec<f32>) {
     let nibble = |row: usize, i: usize| i32::from(q[(row * k + i) / 2] >> (4 * (i % 2)) & 15) - 8;
     let mut y = Vec::new();
     for row in 0..m {
-        for col in 0..n {
+        for (col, scale) in scale.iter().enumerate() {
             let dot: i32 = (0..k).map(|i| x[row * k + i] * nibble(col, i)).sum();
-            y.push(dot as f32 * scale[col]);
+            y.push(dot as f32 * scale);
         }
     }
     let halves = x.iter().flat_map(|v| f16::from_f32(*v as f32).to_le_bytes()).collect();
