@@ -14,7 +14,7 @@
 //! ```
 
 use crate::op::*;
-use crate::ops::vector::{for_simd, Body, Portable, Vector, LANES};
+use crate::ops::vector::{for_simd, prefetch, Body, Portable, Vector, LANES};
 use crate::ops::weights::{part_count, Weights, SCALE_ROWS};
 use crate::quant;
 use crate::tensor::Dtype;
@@ -30,6 +30,8 @@ thread_local! {
     /// The panel of the last launch, to be used again.
     static PANEL_MEMORY: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
+/// How far ahead of the row in work its weights are asked for, in bytes. The processor's own prefetch stops at each page.
+const AHEAD: usize = 2048;
 /// Multiply-adds below which waking a second thread costs more than it saves.
 const SERIAL: usize = 1 << 16;
 
@@ -470,6 +472,7 @@ impl RowDot for Bytes<'_> {
     fn dot<V: Vector, const T: usize>(self, n: usize, x: [&[f32]; T], scales: &[f32]) -> [(V, f32); T] {
         let k = x[0].len();
         let codes = &self.codes[n * k..(n + 1) * k];
+        prefetch(codes.as_ptr().wrapping_add(AHEAD), k);
         let shift = (self.group / LANES).ilog2();
         let x = x.map(|x| x.as_chunks::<LANES>().0);
         let mut sums = [V::splat(0.0); T];
@@ -528,6 +531,7 @@ fn nibbles<V: Vector, const T: usize>(
     scales: &[f32],
     unpack: impl Fn(&[u8]) -> (V, V),
 ) -> [(V, f32); T] {
+    prefetch(codes.as_ptr().wrapping_add(AHEAD), codes.len());
     let shift = (group / (2 * LANES)).ilog2();
     let x = x.map(|x| x.as_chunks::<{ 2 * LANES }>().0);
     let mut sums = [V::splat(0.0); T];
