@@ -2,18 +2,36 @@
 
 pub mod add;
 pub mod attention;
+pub mod embedding;
 pub mod gelu;
 pub mod layernorm;
 pub mod mean_pool;
+pub mod qmatmul;
 pub mod rmsnorm;
 pub mod rope;
 pub mod simd;
 pub mod swiglu;
+pub mod vector;
+pub mod weights;
 
 use crate::op::OpSpec;
 
 /// Every op in every format.
 pub static OPS: &[&OpSpec] = &[
+    &qmatmul::QMATMUL_F32,
+    &qmatmul::QMATMUL_F16,
+    &qmatmul::QMATMUL_BF16,
+    &qmatmul::QMATMUL_Q4,
+    &qmatmul::QMATMUL_Q8,
+    &qmatmul::QMATMUL_NF4,
+    &qmatmul::QMATMUL_NF4DQ,
+    &embedding::EMBEDDING_F32,
+    &embedding::EMBEDDING_F16,
+    &embedding::EMBEDDING_BF16,
+    &embedding::EMBEDDING_Q4,
+    &embedding::EMBEDDING_Q8,
+    &embedding::EMBEDDING_NF4,
+    &embedding::EMBEDDING_NF4DQ,
     &rmsnorm::RMSNORM,
     &layernorm::LAYERNORM,
     &rope::ROPE,
