@@ -138,7 +138,9 @@ impl Array {
         let count = shape.iter().try_fold(size_of::<T>(), |bytes, &dim| bytes.checked_mul(dim));
         if count != Some(data.len()) {
             let found = data.len();
-            return Err(wrong(format!("has {found} bytes of data, which its shape {shape:?} of {descr} does not take")));
+            return Err(wrong(format!(
+                "has {found} bytes of data, which its shape {shape:?} of {descr} does not take"
+            )));
         }
         let offset = mmap.len() - data.len();
         Ok(Array { shape, mmap: mmap.clone(), offset })
