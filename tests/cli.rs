@@ -13,14 +13,14 @@ use handmill::npy;
 use serde_json::Value;
 
 /// What a run of the tool left.
-pub struct Run {
-    pub code: i32,
-    pub stdout: String,
-    pub stderr: String,
+struct Run {
+    code: i32,
+    stdout: String,
+    stderr: String,
 }
 
 /// Runs the tool with these arguments.
-pub fn handmill(args: &[&str]) -> Run {
+fn handmill(args: &[&str]) -> Run {
     let output = Command::new(env!("CARGO_BIN_EXE_handmill")).args(args).env_remove("RUST_LOG").output().unwrap();
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("the tool prints UTF-8");
     let run = Run {
@@ -33,13 +33,13 @@ pub fn handmill(args: &[&str]) -> Run {
 }
 
 /// The JSON object that a run which must succeed prints.
-pub fn json(args: &[&str]) -> Value {
+fn json(args: &[&str]) -> Value {
     let run = handmill(args);
     assert_eq!(run.code, 0, "{args:?}: {}", run.stderr);
     serde_json::from_str(&run.stdout).unwrap_or_else(|error| panic!("{args:?}: {error}: {}", run.stdout))
 }
 
-pub fn has_keys(object: &Value, keys: &[&str]) {
+fn has_keys(object: &Value, keys: &[&str]) {
     for key in keys {
         assert!(object.get(key).is_some(), "no key {key} in {object}");
     }
@@ -57,7 +57,7 @@ fn model(name: &str) -> String {
     path.to_str().expect("a path in UTF-8").to_string()
 }
 
-pub fn smollm2() -> String {
+fn smollm2() -> String {
     model("smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 }
 
@@ -66,11 +66,11 @@ fn minilm() -> String {
 }
 
 /// The text that perplexity is measured on.
-pub fn text() -> String {
+fn text() -> String {
     concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/ppl_text.txt").to_string()
 }
 
-pub fn join(folder: &Path, name: &str) -> String {
+fn join(folder: &Path, name: &str) -> String {
     folder.join(name).to_str().expect("a path in UTF-8").to_string()
 }
 

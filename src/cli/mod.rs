@@ -48,7 +48,7 @@ struct Common {
     /// Where to compute: a device of `handmill doctor`, or auto for the best there is
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: String,
-    /// Print one JSON object for scripts instead of text for people
+    /// Print JSON for scripts instead of text for people
     #[arg(long)]
     json: bool,
 }
@@ -92,7 +92,7 @@ pub fn main() -> ExitCode {
     if error.is::<ChecksFailed>() {
         return ExitCode::from(1);
     }
-    let _ = writeln!(io::stderr(), "handmill: {}", chain(&error));
+    let _ = writeln!(io::stderr(), "error: {}", chain(&error));
     ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
 }
 

@@ -49,10 +49,10 @@ fn q8_and_q4_write_gguf() {
     let (model, folder) = (smollm2(), tempfile::tempdir().unwrap());
     let (q8, q4) = (join(folder.path(), "q8"), join(folder.path(), "q4"));
     let report = quantize(&model, &q8, &["q8"]);
-    // 210 projections, and the embedding, which is Q8_0 in the source. Rounding to a step of absmax/127 errs by a
-    // twelfth of its square on average: (2/254)²/12 of absmax², and absmax² is some 5 to 8 mean squares of 32 weights.
+    // 210 projections, and the embedding, which is Q8_0 in the source. A weight errs by half a step, absmax/254, at
+    // most; 32 of them together have at least the square of absmax. Rounding the scale to f16 adds a little.
     let (nmse, count) = worst(&report, "q8");
-    assert!(count == 211 && nmse > 0.0 && nmse < 8.0 * (2.0f64 / 254.0).powi(2) / 12.0 * 2.0, "{count} {nmse}");
+    assert!(count == 211 && nmse > 0.0 && nmse < 32.0 / 254f64.powi(2) * 1.01, "{count} {nmse}");
     assert_eq!(worst(&report, "f32"), (0.0, 61));
     let report = quantize(&model, &q4, &["q4"]);
     assert_eq!(worst(&report, "q4"), (0.0, 210), "the source is Q4_1 already");
@@ -91,8 +91,7 @@ fn nf4_writes_a_directory_that_goes_back_to_gguf() {
     let (model, folder) = (smollm2(), tempfile::tempdir().unwrap());
     let (plain, double) = (join(folder.path(), "nf4"), join(folder.path(), "nf4dq"));
     let report = quantize(&model, &plain, &["nf4"]);
-    // NF4 of normal weights in blocks of 64 has an nmse of 0.009 (measured on normal numbers); a quantized source
-    // differs little.
+    // Of 1.28 million normal numbers in blocks of 64 the nmse is 0.0085; weights are nearly normal.
     let (nmse, count) = worst(&report, "nf4");
     assert!(count == 210 && nmse > 0.005 && nmse < 0.015, "{count} {nmse}");
     // f16 errs by 2^-11 of a value at most.
