@@ -37,7 +37,7 @@ pub struct Bert {
     work: Mutex<Option<Workspace>>,
 }
 
-/// Gain and bias of a layer norm, f32[hidden].
+/// Gain and bias of a layer norm, `f32[hidden]`.
 struct Norm(Buffer, Buffer);
 
 struct Layer {

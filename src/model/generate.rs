@@ -152,7 +152,7 @@ impl LanguageModel {
     }
 
     /// Appends `prompt` to the session's text and continues it. `on_token` gets each new token and the logits it was
-    /// chosen from, f32[vocab], and may end the generation. The session then holds every token but the last one.
+    /// chosen from, `f32[vocab]`, and may end the generation. The session then holds every token but the last one.
     pub fn generate(
         &self,
         session: &mut Session,

@@ -36,7 +36,7 @@ pub struct Llama {
     pub embedding: Embedding,
     /// The layers, first to last.
     pub layers: Vec<Layer>,
-    /// Gain of the last norm, f32[hidden].
+    /// Gain of the last norm, `f32[hidden]`.
     pub norm: Buffer,
     /// Output head, [vocab, hidden]; shares the embedding's memory where the two are tied.
     pub head: Linear,
@@ -46,7 +46,7 @@ pub struct Llama {
 
 /// The weights of one layer.
 pub struct Layer {
-    /// Gain of the norm before attention, f32[hidden].
+    /// Gain of the norm before attention, `f32[hidden]`.
     pub attention_norm: Buffer,
     /// Queries, [heads·head_dim, hidden].
     pub q: Linear,
@@ -56,9 +56,9 @@ pub struct Layer {
     pub v: Linear,
     /// Attention's output, [hidden, heads·head_dim].
     pub o: Linear,
-    /// Gains of the norms of each head of q and of k, f32[head_dim] (Qwen 3).
+    /// Gains of the norms of each head of q and of k, `f32[head_dim]` (Qwen 3).
     pub head_norms: Option<(Buffer, Buffer)>,
-    /// Gain of the norm before the feed-forward part, f32[hidden].
+    /// Gain of the norm before the feed-forward part, `f32[hidden]`.
     pub ffn_norm: Buffer,
     /// [ffn, hidden].
     pub gate: Linear,
@@ -85,7 +85,7 @@ pub type EachHidden<'a> = &'a mut dyn FnMut(usize, usize, &[f32]) -> Result<(), 
 pub enum Want<'a> {
     /// Filling the cache.
     None,
-    /// The logits of the last token, f32[vocab].
+    /// The logits of the last token, `f32[vocab]`.
     Last,
     /// The logits of every token, f32[rows, vocab] at a time; row 0 is the first token of the call.
     All(EachRows<'a>),

@@ -70,7 +70,7 @@ pub struct Shard {
 pub struct Linear {
     /// W, [n, k].
     pub matrix: Matrix,
-    /// f32[n], cut like the matrix; none where there is no bias.
+    /// `f32[n]`, cut like the matrix; none where there is no bias.
     pub bias: Option<Vec<Buffer>>,
     op: &'static OpSpec,
     empty: Buffer,
@@ -139,7 +139,7 @@ impl Embedding {
         Embedding { op: ops::find("embedding", matrix.format.name()), matrix }
     }
 
-    /// Queues y[m, width] = the rows of ids[m]. Rows of ids beyond the table stay as they are: check ids first.
+    /// Queues y[m, width] = the rows of `ids[m]`. Rows of ids beyond the table stay as they are: check ids first.
     pub fn apply(&self, device: &dyn Device, ids: &Buffer, y: &Buffer, m: usize) -> Result<(), Error> {
         for shard in &self.matrix.shards {
             let dims = self.matrix.dims(self.op, &[m, shard.n, self.matrix.k, shard.y0], &[]);

@@ -146,10 +146,9 @@ impl Body for Rows<'_> {
     #[inline(always)]
     fn run<V: Vector>(self) {
         let k = self.d["K"];
-        let mut scratch = vec![0.0; 2 * (k / self.w.group())];
         for (id, y) in self.ids.iter().zip(self.y.chunks_mut(k)) {
             if let Some(row) = shard_row(*id, self.d) {
-                self.w.decode_row::<V>(row, y, &mut scratch);
+                self.w.decode_rows::<V>(row, k, y);
             }
         }
     }

@@ -1,7 +1,7 @@
 //! Weights as ops take them: the arguments of each format, once for every op that has weights, and the view a CPU kernel
 //! reads them through. What the bytes mean is told in [`crate::quant`].
 
-use super::vector::{Portable, Vector, LANES};
+use super::vector::{Vector, LANES};
 use crate::op::*;
 use crate::quant::{self, Format};
 use crate::tensor::{Dtype, HostTensor};
@@ -75,6 +75,9 @@ pub fn weight_bytes(word: &str, d: &Dims) -> usize {
     format_of(word, d).bytes(d["N"], d["K"]).expect("dims of a launch fit memory")
 }
 
+/// Rows whose scales are read at once.
+pub const SCALE_ROWS: usize = 16;
+
 /// One number a group, in either precision.
 #[derive(Clone, Copy)]
 pub enum Scales<'a> {
@@ -93,10 +96,10 @@ impl<'a> Scales<'a> {
         }
     }
 
-    /// Row `row` of [N, out.len()], as f32.
+    /// `out.len()` values from `first` on, as f32.
     #[inline(always)]
-    fn row<V: Vector>(&self, row: usize, out: &mut [f32]) {
-        let range = row * out.len()..(row + 1) * out.len();
+    fn read<V: Vector>(&self, first: usize, out: &mut [f32]) {
+        let range = first..first + out.len();
         match self {
             Scales::Full(values) => out.copy_from_slice(&values[range]),
             Scales::Half(bits) => {
@@ -105,11 +108,9 @@ impl<'a> Scales<'a> {
                 for (out, bits) in out_chunks.iter_mut().zip(chunks) {
                     V::load_f16(bits).store(out);
                 }
-                let mut padded = [0; LANES];
-                padded[..tail.len()].copy_from_slice(tail);
-                let mut values = [0.0; LANES];
-                V::load_f16(&padded).store(&mut values);
-                out_tail.copy_from_slice(&values[..out_tail.len()]);
+                for (out, bits) in out_tail.iter_mut().zip(tail) {
+                    *out = half::f16::from_bits(*bits).to_f32();
+                }
             }
         }
     }
@@ -168,24 +169,34 @@ impl<'a> Weights<'a> {
         }
     }
 
+    /// Scales in a row of `k` columns; 0 for plain weights.
+    pub fn groups(&self, k: usize) -> usize {
+        if self.group() == 1 {
+            0
+        } else {
+            k / self.group()
+        }
+    }
+
     /// True where a byte holds two codes: the vector bodies then take even columns and odd columns apart.
     pub fn is_4bit(&self) -> bool {
         matches!(self, Weights::Q4 { .. } | Weights::Nf4 { .. } | Weights::Nf4Dq { .. })
     }
 
-    /// Scales (and mins) of one row, one a group, into `scales` and `mins`. Without mins the latter is left alone.
+    /// Scales, and mins where there are any, of the rows from `row` on: as many whole rows as `scales` holds, K/group a
+    /// row. Several rows at once leave no tail of half a vector at each row's end.
     #[inline(always)]
-    pub fn row_scales<V: Vector>(&self, row: usize, scales: &mut [f32], mins: &mut [f32]) {
+    pub fn read_scales<V: Vector>(&self, row: usize, groups: usize, scales: &mut [f32], mins: &mut [f32]) {
+        let first = row * groups;
         match self {
             Weights::F32 { .. } | Weights::F16 { .. } | Weights::Bf16 { .. } => {}
             Weights::Q4 { scales: s, mins: m, .. } | Weights::Q8 { scales: s, mins: Some(m), .. } => {
-                s.row::<V>(row, scales);
-                m.row::<V>(row, mins);
+                s.read::<V>(first, scales);
+                m.read::<V>(first, mins);
             }
-            Weights::Q8 { scales: s, mins: None, .. } => s.row::<V>(row, scales),
-            Weights::Nf4 { absmax, .. } => Scales::Full(absmax).row::<V>(row, scales),
+            Weights::Q8 { scales: s, mins: None, .. } => s.read::<V>(first, scales),
+            Weights::Nf4 { absmax, .. } => Scales::Full(absmax).read::<V>(first, scales),
             Weights::Nf4Dq { absmax, code, absmax2, offset, .. } => {
-                let first = row * scales.len();
                 for (i, scale) in scales.iter_mut().enumerate() {
                     let block = first + i;
                     *scale = code[absmax[block] as usize] * absmax2[block / quant::NF4_NESTED_BLOCK] + offset;
@@ -199,17 +210,14 @@ impl<'a> Weights<'a> {
         matches!(self, Weights::Q4 { .. } | Weights::Q8 { mins: Some(_), .. })
     }
 
-    /// Row `row` as f32, K = `out.len()`. `scratch` holds 2·K/group values.
+    /// Row `row` as f32, K = `out.len()`, with the row's scales and mins.
     #[inline(always)]
-    pub fn decode_row<V: Vector>(&self, row: usize, out: &mut [f32], scratch: &mut [f32]) {
+    pub fn decode_row<V: Vector>(&self, row: usize, scales: &[f32], mins: &[f32], out: &mut [f32]) {
         let k = out.len();
         let plain = row * k..(row + 1) * k;
-        let groups = k / self.group();
-        let (scales, mins) = scratch[..2 * groups].split_at_mut(groups);
-        self.row_scales::<V>(row, scales, mins);
         match self {
             Weights::F32 { w } => out.copy_from_slice(&w[plain]),
-            Weights::F16 { w } => Scales::Half(w).row::<V>(row, out),
+            Weights::F16 { w } => Scales::Half(w).read::<V>(row * k, out),
             Weights::Bf16 { w } => {
                 let (out_chunks, out_tail) = out.as_chunks_mut::<LANES>();
                 let (chunks, tail) = w[plain].as_chunks::<LANES>();
@@ -265,9 +273,20 @@ impl<'a> Weights<'a> {
         }
     }
 
-    /// Row `row` as f32 without vector instructions of its own: for readable kernels.
-    pub fn decode_row_plain(&self, row: usize, out: &mut [f32]) {
-        let mut scratch = vec![0.0; 2 * (out.len() / self.group())];
-        self.decode_row::<Portable>(row, out, &mut scratch);
+    /// Rows from `first` on into `out`, whole rows of `k`.
+    #[inline(always)]
+    pub fn decode_rows<V: Vector>(&self, first: usize, k: usize, out: &mut [f32]) {
+        let groups = self.groups(k);
+        let mut scales = vec![0.0; SCALE_ROWS * groups];
+        let mut mins = vec![0.0; SCALE_ROWS * groups];
+        for (block, out) in out.chunks_mut(SCALE_ROWS * k.max(1)).enumerate() {
+            let row = first + block * SCALE_ROWS;
+            let used = out.len() / k * groups;
+            self.read_scales::<V>(row, groups, &mut scales[..used], &mut mins[..used]);
+            for (i, out) in out.chunks_mut(k).enumerate() {
+                let of_row = i * groups..(i + 1) * groups;
+                self.decode_row::<V>(row + i, &scales[of_row.clone()], &mins[of_row], out);
+            }
+        }
     }
 }

@@ -14,14 +14,22 @@
 //! ```
 
 use crate::op::*;
-use crate::ops::vector::{for_simd, Body, Vector, LANES};
-use crate::ops::weights::{part_count, Weights};
+use crate::ops::vector::{for_simd, Body, Portable, Vector, LANES};
+use crate::ops::weights::{part_count, Weights, SCALE_ROWS};
 use crate::quant;
 use crate::tensor::Dtype;
 use rayon::prelude::*;
+use std::cell::Cell;
 
 /// Most rows of x that `rows` takes: beyond it `gemm` is faster (AVX-512, 576×576 to 1536×576).
 const MAX_ROWS: usize = 8;
+/// Decoded weights held at a time, in values: 4 MiB, so that what one thread decodes the others find in cache, and the
+/// pages are not given back and faulted in again at each launch.
+const PANEL: usize = 1 << 20;
+thread_local! {
+    /// The panel of the last launch, to be used again.
+    static PANEL_MEMORY: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
 /// Multiply-adds below which waking a second thread costs more than it saves.
 const SERIAL: usize = 1 << 16;
 
@@ -175,7 +183,7 @@ fn naive(word: &str, d: &Dims, args: &mut [Slice<'_>]) {
     let a = arguments(word, d, args);
     let mut row = vec![0.0; a.k];
     for n in 0..a.n {
-        a.w.decode_row_plain(n, &mut row);
+        a.w.decode_rows::<Portable>(n, a.k, &mut row);
         for m in 0..a.m {
             let dot: f32 = a.x[m * a.k..(m + 1) * a.k].iter().zip(&row).map(|(x, w)| x * w).sum();
             // SAFETY: one thread.
@@ -184,33 +192,53 @@ fn naive(word: &str, d: &Dims, args: &mut [Slice<'_>]) {
     }
 }
 
-/// Decodes W into f32, once, then multiplies.
+/// Decodes a panel of W into f32, once for all rows of x, and multiplies.
 fn gemm(word: &str, simd: Simd, d: &Dims, args: &mut [Slice<'_>]) {
     let a = arguments(word, d, args);
     if a.m == 0 || a.n == 0 {
         return;
     }
-    let decoded;
-    let w = match a.w {
-        Weights::F32 { w } => w,
-        _ => {
-            let mut buffer: Vec<f32> = vec![0.0; a.n * a.k];
-            let per_task = a.n.div_ceil(tasks(a.n * a.k));
-            buffer.par_chunks_mut(per_task * a.k).enumerate().for_each(|(task, rows)| {
-                for_simd(simd, Decode { w: a.w, first: task * per_task, rows, k: a.k });
+    if let Weights::F32 { w } = a.w {
+        multiply(&a, 0, w);
+    } else {
+        let panel_rows = (PANEL / a.k).max(1).min(a.n);
+        let mut panel = PANEL_MEMORY.take();
+        panel.resize(panel_rows * a.k, 0.0);
+        for first in (0..a.n).step_by(panel_rows) {
+            let rows = panel_rows.min(a.n - first);
+            let panel = &mut panel[..rows * a.k];
+            let per_task = rows.div_ceil(tasks(rows * a.k));
+            panel.par_chunks_mut(per_task * a.k).enumerate().for_each(|(task, rows)| {
+                for_simd(simd, Decode { w: a.w, first: first + task * per_task, rows, k: a.k });
             });
-            decoded = buffer;
-            &decoded
+            multiply(&a, first, panel);
         }
-    };
+        PANEL_MEMORY.set(panel);
+    }
+    if !a.extra.is_zero() {
+        let (y, extra) = (&a.y, a.extra);
+        (0..a.m).into_par_iter().for_each(|m| {
+            // SAFETY: each m is one task's.
+            let row = unsafe { y.row(m) };
+            for (n, y) in row.iter_mut().enumerate() {
+                *y += extra.at(m, n);
+            }
+        });
+    }
+}
+
+/// y[:, first..] = x · wᵀ for the rows `w` of W, [rows,K].
+fn multiply(a: &Args<'_>, first: usize, w: &[f32]) {
+    let rows = w.len() / a.k;
+    assert!(first + rows <= a.n && a.x.len() == a.m * a.k);
     // y[m,n] = Σ over k of x[m,k] · w[n,k]: dst is M by N, lhs M by K, rhs K by N.
-    // SAFETY: strides and sizes are those of y[M,LDY], x[M,K] and w[N,K], whose lengths the launch has checked.
+    // SAFETY: strides and sizes are those of y[M,LDY], x[M,K] and w[rows,K], which lie in their slices.
     unsafe {
         gemm::gemm(
             a.m,
-            a.n,
+            rows,
             a.k,
-            a.y.first,
+            a.y.first.add(first),
             1,
             a.y.ld as isize,
             false,
@@ -227,16 +255,6 @@ fn gemm(word: &str, simd: Simd, d: &Dims, args: &mut [Slice<'_>]) {
             false,
             gemm::Parallelism::Rayon(0),
         );
-    }
-    if !a.extra.is_zero() {
-        let (y, extra) = (&a.y, a.extra);
-        (0..a.m).into_par_iter().for_each(|m| {
-            // SAFETY: each m is one task's.
-            let row = unsafe { y.row(m) };
-            for (n, y) in row.iter_mut().enumerate() {
-                *y += extra.at(m, n);
-            }
-        });
     }
 }
 
@@ -260,10 +278,7 @@ struct Decode<'a> {
 impl Body for Decode<'_> {
     #[inline(always)]
     fn run<V: Vector>(self) {
-        let mut scratch = vec![0.0; 2 * (self.k / self.w.group())];
-        for (i, row) in self.rows.chunks_mut(self.k).enumerate() {
-            self.w.decode_row::<V>(self.first + i, row, &mut scratch);
-        }
+        self.w.decode_rows::<V>(self.first, self.k, self.rows);
     }
 }
 
@@ -271,10 +286,23 @@ impl Body for Decode<'_> {
 fn rows(word: &str, simd: Simd, d: &Dims, args: &mut [Slice<'_>]) {
     let a = arguments(word, d, args);
     let x = Prepared::new(a.x, a.m, a.k, &a.w);
+    // One body, so one compiled function, for each way to unpack a row: small enough to stay in registers.
+    match a.w {
+        Weights::F32 { w } => stream(simd, &a, &x, PlainF32(w)),
+        Weights::F16 { w } => stream(simd, &a, &x, PlainF16(w)),
+        Weights::Bf16 { w } => stream(simd, &a, &x, PlainBf16(w)),
+        Weights::Q8 { codes, group, .. } => stream(simd, &a, &x, Bytes { codes, group }),
+        Weights::Q4 { codes, group, .. } => stream(simd, &a, &x, Nibbles { codes, group }),
+        Weights::Nf4 { codes, .. } | Weights::Nf4Dq { codes, .. } => stream(simd, &a, &x, Levels { codes }),
+    }
+}
+
+/// Divides the rows of W among the threads.
+fn stream(simd: Simd, a: &Args<'_>, x: &Prepared, row: impl RowDot) {
     let per_task = a.n.div_ceil(tasks(a.m * a.n * a.k)).max(1);
     (0..a.n.div_ceil(per_task)).into_par_iter().for_each(|task| {
-        let range = task * per_task..((task + 1) * per_task).min(a.n);
-        for_simd(simd, Stream { a: &a, x: &x, rows: range });
+        let rows = task * per_task..((task + 1) * per_task).min(a.n);
+        for_simd(simd, Stream { a, x, row, rows });
     });
 }
 
@@ -306,85 +334,78 @@ impl Prepared {
     }
 }
 
+/// How a row of W meets T rows of x: the lanes of each sum, and what did not fill a vector.
+trait RowDot: Copy + Sync + Send {
+    fn dot<V: Vector, const T: usize>(self, n: usize, x: [&[f32]; T], scales: &[f32]) -> [(V, f32); T];
+}
+
 /// Rows of W for one thread.
-struct Stream<'a> {
+struct Stream<'a, R: RowDot> {
     a: &'a Args<'a>,
     x: &'a Prepared,
+    row: R,
     rows: std::ops::Range<usize>,
 }
 
-impl Body for Stream<'_> {
+impl<R: RowDot> Body for Stream<'_, R> {
     #[inline(always)]
     fn run<V: Vector>(self) {
-        let groups = if self.a.w.group() == 1 { 0 } else { self.a.k / self.a.w.group() };
-        let mut scales = vec![0.0; groups];
-        let mut mins = vec![0.0; groups];
-        for n in self.rows.clone() {
-            self.a.w.row_scales::<V>(n, &mut scales, &mut mins);
-            // Four rows of x at a time share a decoded weight and fit the registers.
-            let mut m = 0;
-            while m < self.a.m {
-                m += match self.a.m - m {
-                    1 => self.tile::<V, 1>(n, m, &scales, &mins),
-                    2 | 3 => self.tile::<V, 2>(n, m, &scales, &mins),
-                    _ => self.tile::<V, 4>(n, m, &scales, &mins),
-                };
+        let groups = self.a.w.groups(self.a.k);
+        let mut scales = vec![0.0; SCALE_ROWS * groups];
+        let mut mins = vec![0.0; SCALE_ROWS * groups];
+        for first in self.rows.clone().step_by(SCALE_ROWS) {
+            let count = SCALE_ROWS.min(self.rows.end - first);
+            let used = count * groups;
+            self.a.w.read_scales::<V>(first, groups, &mut scales[..used], &mut mins[..used]);
+            for i in 0..count {
+                let of_row = i * groups..(i + 1) * groups;
+                let (scales, mins) = (&scales[of_row.clone()], &mins[of_row]);
+                // Four rows of x at a time share a decoded weight and fit the registers.
+                let mut m = 0;
+                while m < self.a.m {
+                    m += match self.a.m - m {
+                        1 => self.tile::<V, 1>(first + i, m, scales, mins),
+                        2 | 3 => self.tile::<V, 2>(first + i, m, scales, mins),
+                        _ => self.tile::<V, 4>(first + i, m, scales, mins),
+                    };
+                }
             }
         }
     }
 }
 
-impl Stream<'_> {
+impl<R: RowDot> Stream<'_, R> {
     /// y[m..m+T, n]; returns T.
     #[inline(always)]
     fn tile<V: Vector, const T: usize>(&self, n: usize, m: usize, scales: &[f32], mins: &[f32]) -> usize {
         let k = self.a.k;
         let x: [&[f32]; T] = std::array::from_fn(|t| &self.x.x[(m + t) * k..(m + t + 1) * k]);
-        let dots = match self.a.w {
-            Weights::F32 { w } => plain::<V, _, T>(&w[n * k..(n + 1) * k], x, V::load, |v| v),
-            Weights::F16 { w } => {
-                plain::<V, _, T>(&w[n * k..(n + 1) * k], x, V::load_f16, |v| half::f16::from_bits(v).to_f32())
-            }
-            Weights::Bf16 { w } => {
-                plain::<V, _, T>(&w[n * k..(n + 1) * k], x, V::load_bf16, |v| f32::from_bits((v as u32) << 16))
-            }
-            Weights::Q8 { codes, group, .. } => grouped_i8::<V, T>(&codes[n * k..(n + 1) * k], x, group, scales),
-            Weights::Q4 { codes, group, .. } => {
-                let codes = &codes[n * k / 2..(n + 1) * k / 2];
-                grouped_4bit::<V, T>(codes, x, group, scales, |bytes| {
-                    let (even, odd) = V::load_nibbles(bytes);
-                    (V::from_codes(even), V::from_codes(odd))
-                })
-            }
-            Weights::Nf4 { codes, .. } | Weights::Nf4Dq { codes, .. } => {
-                let levels = V::table(&quant::nf4::LEVELS);
-                let codes = &codes[n * k / 2..(n + 1) * k / 2];
-                grouped_4bit::<V, T>(codes, x, quant::NF4_BLOCK, scales, |bytes| {
-                    let (odd, even) = V::load_nibbles(bytes);
-                    (V::look_up(levels, even), V::look_up(levels, odd))
-                })
-            }
-        };
-        for (t, mut dot) in dots.into_iter().enumerate() {
-            if self.a.w.has_mins() {
+        let dots = self.row.dot::<V, T>(n, x, scales);
+        for (t, (mut lanes, mut rest)) in dots.into_iter().enumerate() {
+            if !mins.is_empty() && self.a.w.has_mins() {
                 let sums = &self.x.sums[(m + t) * mins.len()..(m + t + 1) * mins.len()];
-                dot += plain::<V, _, 1>(mins, [sums], V::load, |v| v)[0];
+                let (min_vectors, min_tail) = mins.as_chunks::<LANES>();
+                let (sum_vectors, sum_tail) = sums.as_chunks::<LANES>();
+                for (min, sum) in min_vectors.iter().zip(sum_vectors) {
+                    lanes = V::load(min).mul_add(V::load(sum), lanes);
+                }
+                rest += min_tail.iter().zip(sum_tail).map(|(min, sum)| min * sum).sum::<f32>();
             }
             // SAFETY: column n is this task's alone.
-            unsafe { self.a.y.set(m + t, n, dot + self.a.extra.at(m + t, n)) };
+            unsafe { self.a.y.set(m + t, n, lanes.sum() + rest + self.a.extra.at(m + t, n)) };
         }
         T
     }
 }
 
-/// Σ w·x for weights without groups: two running sums a row of x, so that one addition need not wait for the last.
+/// Σ w·x for weights without groups, as lanes and a rest: two running sums a row of x, so that one addition need not wait for the last.
 #[inline(always)]
 fn plain<V: Vector, E: Copy, const T: usize>(
     w: &[E],
     x: [&[f32]; T],
     load: impl Fn(&[E]) -> V,
     one: impl Fn(E) -> f32,
-) -> [f32; T] {
+) -> [(V, f32); T] {
     let k = w.len();
     let pairs = k / (2 * LANES) * (2 * LANES);
     let vectors = k / LANES * LANES;
@@ -405,53 +426,118 @@ fn plain<V: Vector, E: Copy, const T: usize>(
     }
     std::array::from_fn(|t| {
         let tail: f32 = w[vectors..].iter().zip(&x[t][vectors..]).map(|(w, x)| one(*w) * x).sum();
-        first[t].add(second[t]).sum() + tail
+        (first[t].add(second[t]), tail)
     })
 }
 
-/// Σ over groups of scale · Σ code·x, codes i8; a group is a multiple of 16 columns.
-#[inline(always)]
-fn grouped_i8<V: Vector, const T: usize>(codes: &[i8], x: [&[f32]; T], group: usize, scales: &[f32]) -> [f32; T] {
-    let mut sums = [V::splat(0.0); T];
-    for (g, (codes, scale)) in codes.chunks_exact(group).zip(scales).enumerate() {
-        let mut parts = [V::splat(0.0); T];
-        for (i, codes) in codes.chunks_exact(LANES).enumerate() {
-            let w = V::load_i8(codes);
-            for t in 0..T {
-                parts[t] = w.mul_add(V::load(&x[t][g * group + i * LANES..]), parts[t]);
-            }
-        }
-        for t in 0..T {
-            sums[t] = parts[t].mul_add(V::splat(*scale), sums[t]);
-        }
+#[derive(Clone, Copy)]
+struct PlainF32<'a>(&'a [f32]);
+#[derive(Clone, Copy)]
+struct PlainF16<'a>(&'a [u16]);
+#[derive(Clone, Copy)]
+struct PlainBf16<'a>(&'a [u16]);
+
+impl RowDot for PlainF32<'_> {
+    #[inline(always)]
+    fn dot<V: Vector, const T: usize>(self, n: usize, x: [&[f32]; T], _: &[f32]) -> [(V, f32); T] {
+        plain(&self.0[n * x[0].len()..][..x[0].len()], x, V::load, |v| v)
     }
-    sums.map(V::sum)
 }
 
-/// Σ over groups of scale · Σ level·x; `unpack` gives the levels of 32 columns, even ones and odd ones; a group is a
-/// multiple of 32 columns.
+impl RowDot for PlainF16<'_> {
+    #[inline(always)]
+    fn dot<V: Vector, const T: usize>(self, n: usize, x: [&[f32]; T], _: &[f32]) -> [(V, f32); T] {
+        plain(&self.0[n * x[0].len()..][..x[0].len()], x, V::load_f16, |v| half::f16::from_bits(v).to_f32())
+    }
+}
+
+impl RowDot for PlainBf16<'_> {
+    #[inline(always)]
+    fn dot<V: Vector, const T: usize>(self, n: usize, x: [&[f32]; T], _: &[f32]) -> [(V, f32); T] {
+        plain(&self.0[n * x[0].len()..][..x[0].len()], x, V::load_bf16, |v| f32::from_bits((v as u32) << 16))
+    }
+}
+
+/// q8: 16 codes at a time, of one group.
+#[derive(Clone, Copy)]
+struct Bytes<'a> {
+    codes: &'a [i8],
+    group: usize,
+}
+
+impl RowDot for Bytes<'_> {
+    #[inline(always)]
+    fn dot<V: Vector, const T: usize>(self, n: usize, x: [&[f32]; T], scales: &[f32]) -> [(V, f32); T] {
+        let k = x[0].len();
+        let codes = &self.codes[n * k..(n + 1) * k];
+        let shift = (self.group / LANES).ilog2();
+        let x = x.map(|x| x.as_chunks::<LANES>().0);
+        let mut sums = [V::splat(0.0); T];
+        for (i, codes) in codes.as_chunks::<LANES>().0.iter().enumerate() {
+            let w = V::load_i8(codes).mul(V::splat(scales[i >> shift]));
+            for t in 0..T {
+                sums[t] = w.mul_add(V::load(&x[t][i]), sums[t]);
+            }
+        }
+        sums.map(|sum| (sum, 0.0))
+    }
+}
+
+/// q4: 32 codes at a time, of one group.
+#[derive(Clone, Copy)]
+struct Nibbles<'a> {
+    codes: &'a [u8],
+    group: usize,
+}
+
+impl RowDot for Nibbles<'_> {
+    #[inline(always)]
+    fn dot<V: Vector, const T: usize>(self, n: usize, x: [&[f32]; T], scales: &[f32]) -> [(V, f32); T] {
+        let bytes = x[0].len() / 2;
+        nibbles(&self.codes[n * bytes..(n + 1) * bytes], x, self.group, scales, |bytes| {
+            let (even, odd) = V::load_nibbles(bytes);
+            (V::from_codes(even), V::from_codes(odd))
+        })
+    }
+}
+
+/// nf4: as q4, each code a level; the high nibble is the even column.
+#[derive(Clone, Copy)]
+struct Levels<'a> {
+    codes: &'a [u8],
+}
+
+impl RowDot for Levels<'_> {
+    #[inline(always)]
+    fn dot<V: Vector, const T: usize>(self, n: usize, x: [&[f32]; T], scales: &[f32]) -> [(V, f32); T] {
+        let bytes = x[0].len() / 2;
+        let levels = V::table(&quant::nf4::LEVELS);
+        nibbles(&self.codes[n * bytes..(n + 1) * bytes], x, quant::NF4_BLOCK, scales, |bytes| {
+            let (odd, even) = V::load_nibbles(bytes);
+            (V::look_up(levels, even), V::look_up(levels, odd))
+        })
+    }
+}
+
+/// Σ scale · level · x; `unpack` gives the levels of 32 columns, even ones and odd ones.
 #[inline(always)]
-fn grouped_4bit<V: Vector, const T: usize>(
+fn nibbles<V: Vector, const T: usize>(
     codes: &[u8],
     x: [&[f32]; T],
     group: usize,
     scales: &[f32],
     unpack: impl Fn(&[u8]) -> (V, V),
-) -> [f32; T] {
+) -> [(V, f32); T] {
+    let shift = (group / (2 * LANES)).ilog2();
+    let x = x.map(|x| x.as_chunks::<{ 2 * LANES }>().0);
     let mut sums = [V::splat(0.0); T];
-    for (g, (codes, scale)) in codes.chunks_exact(group / 2).zip(scales).enumerate() {
-        let mut parts = [V::splat(0.0); T];
-        for (i, codes) in codes.chunks_exact(LANES).enumerate() {
-            let (even, odd) = unpack(codes);
-            let at = g * group + i * 2 * LANES;
-            for t in 0..T {
-                let part = odd.mul_add(V::load(&x[t][at + LANES..]), parts[t]);
-                parts[t] = even.mul_add(V::load(&x[t][at..]), part);
-            }
-        }
+    for (i, bytes) in codes.as_chunks::<LANES>().0.iter().enumerate() {
+        let (even, odd) = unpack(bytes);
+        let scale = V::splat(scales[i >> shift]);
         for t in 0..T {
-            sums[t] = parts[t].mul_add(V::splat(*scale), sums[t]);
+            let part = even.mul_add(V::load(&x[t][i]), odd.mul(V::load(&x[t][i][LANES..])));
+            sums[t] = part.mul_add(scale, sums[t]);
         }
     }
-    sums.map(V::sum)
+    sums.map(|sum| (sum, 0.0))
 }
