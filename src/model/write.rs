@@ -372,8 +372,11 @@ impl Staging {
         let staging = Staging { out: out.to_path_buf(), path, made };
         let here = out.canonicalize().map_err(fail)?;
         for file in &checkpoint.files {
-            let file = file.canonicalize().map_err(|cause| Error::io(file, cause))?;
-            if file.parent() == Some(&here) {
+            // A file may be a link: neither where it stands nor where it points to is written.
+            let target = file.canonicalize().map_err(|cause| Error::io(file, cause))?;
+            let folder = file.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            let folder = folder.canonicalize().map_err(|cause| Error::io(file, cause))?;
+            if folder == here || target.parent() == Some(&here) {
                 return Err(Error::file(out, "holds the model itself: name another directory"));
             }
         }

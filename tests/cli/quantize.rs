@@ -164,6 +164,14 @@ fn nothing_is_overwritten_that_is_not_the_same_kind_of_model() {
     assert!(Checkpoint::open(Path::new(&written)).is_ok());
     assert_eq!(std::fs::read_dir(&out).unwrap().count(), 1, "no leftovers");
     refused(&written, &out, "holds the model itself");
+    #[cfg(unix)]
+    {
+        let linked = join(folder.path(), "linked");
+        std::fs::create_dir(&linked).unwrap();
+        let link = join(Path::new(&linked), "model.gguf");
+        std::os::unix::fs::symlink(&model, &link).unwrap();
+        refused(&link, &linked, "holds the model itself");
+    }
     let run = handmill(&["quantize", "--model", &model, "--format", "nf4", "--out", &out]);
     assert!(run.code == 1 && run.stderr.contains("model.gguf"), "{}", run.stderr);
 }
