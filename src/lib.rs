@@ -4,9 +4,11 @@
 //! Read in this order: [`op`] (what a contract is), one op such as [`ops::rmsnorm`], [`device`] (how it is launched),
 //! [`verify`] (how it is checked), [`model`] (who calls it).
 
+pub mod aside;
 pub mod device;
 pub mod error;
 pub mod model;
+pub mod npy;
 pub mod op;
 pub mod ops;
 pub mod quant;

@@ -1,3 +1,7 @@
-//! The command-line tool.
+//! The command-line tool. `handmill help` says what it does; the library does it.
 
-fn main() {}
+mod cli;
+
+fn main() -> std::process::ExitCode {
+    cli::main()
+}

@@ -205,6 +205,11 @@ impl LanguageModel {
     /// How probable each token of `ids` is after those before it, in one window. Errors: fewer than two tokens, more
     /// than the model's context.
     pub fn evaluate(&self, ids: &[u32]) -> Result<Evaluation, Error> {
+        self.evaluate_with(ids, &mut |_| {})
+    }
+
+    /// [`LanguageModel::evaluate`], telling `on_progress` how many tokens were read so far.
+    pub fn evaluate_with(&self, ids: &[u32], on_progress: &mut dyn FnMut(usize)) -> Result<Evaluation, Error> {
         if ids.len() < 2 {
             let what = format!("the text has {} tokens; at least 2 are needed to predict one", ids.len());
             return Err(Error::Request(what));
@@ -217,6 +222,7 @@ impl LanguageModel {
             let targets = &ids[row0 + 1..ids.len().min(row0 + 1 + rows.len() / vocab)];
             let rows = rows.par_chunks(vocab).zip(targets);
             logprobs.par_extend(rows.map(|(row, &target)| row[target as usize] as f64 - log_sum_exp(row)));
+            on_progress(logprobs.len() + 1);
             Ok(())
         };
         self.llama.forward(&mut session, ids, Want::All(&mut each))?;

@@ -1,0 +1,168 @@
+//! `handmill doctor`: what this machine offers, measured.
+
+use std::io::{self, Write};
+use std::time::Instant;
+
+use anyhow::Result;
+use clap::Args;
+use handmill::device::{self, Device};
+use handmill::op::{DeviceKind, Simd};
+use handmill::ops::OPS;
+use rayon::prelude::*;
+use serde_json::json;
+
+use super::{print_json, Common};
+
+/// Every device of this build, the first that is available being what `auto` takes.
+pub const DEVICES: [&str; 1] = ["cpu"];
+/// How long a measurement takes, in seconds.
+const LONG_ENOUGH: f64 = 0.3;
+/// Bytes of a buffer that is copied: far more than caches hold.
+const COPY_BYTES: usize = 128 << 20;
+/// M, N and K of the product that is timed.
+const MATMUL: usize = 1024;
+
+/// Show the devices, how fast they copy and multiply, and which one is used
+///
+/// Copy bandwidth counts bytes read and bytes written. The matmul peak is that of the fastest f32 kernel for
+/// 1024 x 1024 x 1024. Both are the best of a third of a second.
+#[derive(Args)]
+pub struct Doctor {
+    #[command(flatten)]
+    common: Common,
+}
+
+/// A device as it is shown.
+struct Found {
+    id: String,
+    kind: &'static str,
+    /// The device, or why there is none.
+    device: std::result::Result<std::sync::Arc<dyn Device>, String>,
+    copy: Option<f64>,
+    matmul: Option<f64>,
+}
+
+impl Doctor {
+    pub fn run(&self) -> Result<()> {
+        let chosen = self.common.open_device()?;
+        let shown = DEVICES.iter().filter(|&&id| self.common.device == "auto" || chosen.id() == id);
+        let mut devices = Vec::new();
+        for &id in shown {
+            let device = device::open(id).map_err(|error| error.to_string());
+            let mut found = Found { id: id.to_string(), kind: kind(id), device, copy: None, matmul: None };
+            if let Ok(device) = &found.device {
+                let spinner = super::spinner(format!("measuring {id}"));
+                found.copy = Some(copy_bandwidth(&**device)?);
+                found.matmul = matmul_peak(&**device)?;
+                spinner.finish_and_clear();
+            }
+            devices.push(found);
+        }
+        let auto = device::open("auto")?;
+        let why = "it is the only device of this build";
+        match self.common.json {
+            true => print_json(&json!({
+                "version": env!("CARGO_PKG_VERSION"),
+                "devices": devices.iter().map(Found::json).collect::<Vec<_>>(),
+                "auto": auto.id(),
+                "auto_reason": why,
+            })),
+            false => print(&devices, auto.id(), why),
+        }
+    }
+}
+
+impl Found {
+    fn json(&self) -> serde_json::Value {
+        json!({
+            "id": self.id,
+            "name": self.device.as_ref().map_or(String::new(), |device| device.description()),
+            "kind": self.kind,
+            "software": false,
+            "available": self.device.is_ok(),
+            "reason": self.device.as_ref().err(),
+            "simd": self.device.as_ref().map(|device| simd(device.caps().simd)).ok(),
+            "copy_gb_per_s": self.copy,
+            "matmul_gflop_per_s": self.matmul,
+        })
+    }
+}
+
+fn print(devices: &[Found], auto: &str, why: &str) -> Result<()> {
+    let mut out = io::stdout();
+    writeln!(out, "{:<8} {:<8} {:>10} {:>15}  description", "device", "kind", "copy GB/s", "matmul GFLOP/s")?;
+    for found in devices {
+        let number = |value: Option<f64>| value.map_or("-".to_string(), |value| format!("{value:.1}"));
+        let text = match &found.device {
+            Ok(device) => device.description(),
+            Err(reason) => format!("not available: {reason}"),
+        };
+        let (copy, matmul) = (number(found.copy), number(found.matmul));
+        writeln!(out, "{:<8} {:<8} {copy:>10} {matmul:>15}  {text}", found.id, found.kind)?;
+    }
+    Ok(writeln!(out, "\n--device auto takes {auto}: {why}")?)
+}
+
+fn kind(id: &str) -> &'static str {
+    match id.split(':').next() {
+        Some("wgpu") => "wgpu",
+        Some("cuda") => "cuda",
+        Some("ptx-sim") => "ptx-sim",
+        _ => "cpu",
+    }
+}
+
+fn simd(simd: Simd) -> &'static str {
+    match simd {
+        Simd::Portable => "portable",
+        Simd::Avx2 => "avx2",
+        Simd::Avx512 => "avx512",
+    }
+}
+
+/// The least time of one `work`, after one to warm up.
+fn best(work: &mut dyn FnMut() -> Result<f64>) -> Result<f64> {
+    work()?;
+    let (start, mut best) = (Instant::now(), f64::INFINITY);
+    while start.elapsed().as_secs_f64() < LONG_ENOUGH {
+        best = best.min(work()?);
+    }
+    Ok(best)
+}
+
+/// Bytes read and written in a second, in 10^9: by the device's own copy, or on the CPU by all threads, as kernels do.
+fn copy_bandwidth(device: &dyn Device) -> Result<f64> {
+    let seconds = if device.caps().kind == DeviceKind::Cpu {
+        let (from, mut to) = (vec![1u8; COPY_BYTES], vec![0u8; COPY_BYTES]);
+        let piece = COPY_BYTES.div_ceil(rayon::current_num_threads());
+        best(&mut || {
+            let start = Instant::now();
+            to.par_chunks_mut(piece).zip(from.par_chunks(piece)).for_each(|(to, from)| to.copy_from_slice(from));
+            Ok(start.elapsed().as_secs_f64())
+        })?
+    } else {
+        let (from, to) = (device.alloc(COPY_BYTES)?, device.alloc(COPY_BYTES)?);
+        best(&mut || Ok(device.time(&mut || device.copy(&from, 0, &to, 0, COPY_BYTES))?))?
+    };
+    Ok(2.0 * COPY_BYTES as f64 / seconds / 1e9)
+}
+
+/// Floating-point operations in a second, in 10^9, of the fastest f32 product; none where no kernel runs.
+fn matmul_peak(device: &dyn Device) -> Result<Option<f64>> {
+    let Some(op) = OPS.iter().find(|op| op.name == "qmatmul" && op.format == "f32") else { return Ok(None) };
+    // Every dim is the edge of the cube but those that say where and what to add: no offset, no bias, no adapter.
+    let dims: Vec<usize> =
+        op.dims.iter().map(|dim| if ["M", "N", "K", "LDY"].contains(dim) { MATMUL } else { 0 }).collect();
+    let dims = op.dims(&dims, &vec![0.0; op.scalars.len()]);
+    let Some(kernel) = op.choose(&dims, device.caps()) else { return Ok(None) };
+    let tensors = handmill::verify::fill(op, &dims, kernel.act, 1);
+    let buffers = tensors.iter().map(|tensor| {
+        let buffer = device.alloc(tensor.bytes.len())?;
+        device.write(&buffer, 0, tensor.bytes.as_slice())?;
+        Ok(buffer)
+    });
+    let buffers = buffers.collect::<Result<Vec<_>>>()?;
+    let args: Vec<_> = buffers.iter().collect();
+    let seconds = best(&mut || Ok(device.time(&mut || device.launch(op, kernel, &args, &dims))?))?;
+    Ok(Some((op.cost)(&dims).flops as f64 / seconds / 1e9))
+}

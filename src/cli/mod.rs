@@ -1,0 +1,184 @@
+//! Commands: their flags and what they print. Results go to stdout, everything else to stderr.
+
+mod doctor;
+mod embed;
+mod eval;
+mod generate;
+mod quantize;
+mod verify;
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand};
+use handmill::device::{self, Device};
+use handmill::model::generate::LanguageModel;
+use handmill::model::weights::LoadOptions;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::Value;
+
+/// Quantized language models on hand-written kernels, with the measurements beside them.
+///
+/// Results go to stdout, progress and timings to stderr. Exit codes: 0 done, 1 an error or a failed check, 2 wrong use.
+/// RUST_LOG=debug shows what the library logs.
+#[derive(Parser)]
+#[command(name = "handmill", version, max_term_width = 100, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Doctor(doctor::Doctor),
+    Verify(verify::Verify),
+    Generate(generate::Generate),
+    Eval(eval::Eval),
+    Embed(embed::Embed),
+    Quantize(quantize::Quantize),
+}
+
+/// Flags of every command.
+#[derive(Args)]
+struct Common {
+    /// Where to compute: a device of `handmill doctor`, or auto for the best there is
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    device: String,
+    /// Print one JSON object for scripts instead of text for people
+    #[arg(long)]
+    json: bool,
+}
+
+/// A command was asked for what it cannot do: exit code 2, as for flags that do not parse.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Usage(String);
+
+/// A check found faults, which are printed already: exit code 1 and no further word.
+#[derive(Debug, thiserror::Error)]
+#[error("checks failed")]
+struct ChecksFailed;
+
+/// Runs the command that the arguments name.
+pub fn main() -> ExitCode {
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(message) => {
+            // Help and version go to stdout, faults to stderr; a reader that has gone away misses nothing.
+            let _ = message.print();
+            return ExitCode::from(message.exit_code() as u8);
+        }
+    };
+    let result = match cli.command {
+        Command::Doctor(command) => command.run(),
+        Command::Verify(command) => command.run(),
+        Command::Generate(command) => command.run(),
+        Command::Eval(command) => command.run(),
+        Command::Embed(command) => command.run(),
+        Command::Quantize(command) => command.run(),
+    };
+    let Err(error) = result.and_then(|()| Ok(io::stdout().flush()?)) else {
+        return ExitCode::SUCCESS;
+    };
+    // Only stdout is written without naming a file in the error: `handmill .. | head` is no fault.
+    if error.downcast_ref::<io::Error>().is_some_and(|cause| cause.kind() == io::ErrorKind::BrokenPipe) {
+        return ExitCode::SUCCESS;
+    }
+    if error.is::<ChecksFailed>() {
+        return ExitCode::from(1);
+    }
+    let _ = writeln!(io::stderr(), "handmill: {}", chain(&error));
+    ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
+}
+
+/// An error and its causes in one line; a cause whose words the error before it says already is left out.
+fn chain(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain() {
+        let cause = cause.to_string();
+        if !text.contains(&cause) {
+            text = if text.is_empty() { cause } else { format!("{text}: {cause}") };
+        }
+    }
+    text
+}
+
+impl Common {
+    fn open_device(&self) -> Result<Arc<dyn Device>> {
+        Ok(device::open(&self.device)?)
+    }
+}
+
+/// Opens a decoder, saying on stderr what it does meanwhile.
+fn open_model(path: &Path, device: &Arc<dyn Device>) -> Result<LanguageModel> {
+    let spinner = spinner(format!("loading {}", path.display()));
+    let model = LanguageModel::open(path, device.clone(), &LoadOptions::default())
+        .context("cannot open the model (a .gguf file or a Hugging Face directory)")?;
+    spinner.finish_and_clear();
+    Ok(model)
+}
+
+/// A text file, byte for byte.
+fn read_text(path: &Path) -> Result<String> {
+    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        let line = error.as_bytes()[..at].iter().filter(|&&byte| byte == b'\n').count() + 1;
+        anyhow::anyhow!("{}: line {line}: byte {at} is not UTF-8: convert the file, such as with iconv", path.display())
+    })
+}
+
+/// Prints one JSON object.
+fn print_json(object: &Value) -> Result<()> {
+    Ok(writeln!(io::stdout(), "{object}")?)
+}
+
+/// A line for people on stderr, whose reader may have gone away.
+fn note(line: &str) {
+    let _ = writeln!(io::stderr(), "{line}");
+}
+
+/// Work of unknown length, shown on a terminal only.
+fn spinner(what: String) -> ProgressBar {
+    let bar = ProgressBar::new_spinner().with_message(what);
+    bar.enable_steady_tick(Duration::from_millis(120));
+    bar
+}
+
+/// Work of `total` `unit`s, shown on a terminal only, with the time it will take.
+fn progress(total: usize, unit: &str) -> ProgressBar {
+    let template = format!("{{bar:30}} {{human_pos}} of {{human_len}} {unit}, {{per_sec}}, {{eta}} left");
+    let style = ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(total as u64).with_style(style)
+}
+
+/// The most memory this process has had resident, in bytes; none where the system does not tell.
+fn peak_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}
+
+/// Bytes in the unit a person reads.
+fn human_bytes(bytes: u64) -> String {
+    match bytes as f64 {
+        b if b < 1e3 => format!("{b} B"),
+        b if b < 1e6 => format!("{:.1} kB", b / 1e3),
+        b if b < 1e9 => format!("{:.1} MB", b / 1e6),
+        b => format!("{:.2} GB", b / 1e9),
+    }
+}
+
+/// A model's path as a flag.
+#[derive(Args)]
+struct ModelFlag {
+    /// A .gguf file or a Hugging Face directory
+    #[arg(long, value_name = "MODEL")]
+    model: PathBuf,
+}
