@@ -263,7 +263,7 @@ fn log_sum_exp(logits: &[f32]) -> f64 {
 }
 
 /// The tokenizer in a GGUF header, or the one beside the weights.
-fn open_tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer, Error> {
+pub(super) fn open_tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer, Error> {
     let config = &checkpoint.config;
     match &checkpoint.source {
         Source::Gguf(gguf) => {
@@ -311,7 +311,7 @@ struct JsonTokenizerConfig {
 }
 
 /// The chat template in a GGUF header, in `chat_template.jinja` or in `tokenizer_config.json`.
-fn open_chat_template(checkpoint: &Checkpoint) -> Result<Option<String>, Error> {
+pub(super) fn open_chat_template(checkpoint: &Checkpoint) -> Result<Option<String>, Error> {
     let dir = match &checkpoint.source {
         Source::Gguf(gguf) => return Ok(gguf.optional("tokenizer.chat_template", Gguf::str)?.map(str::to_string)),
         Source::Hf(dir) => dir,

@@ -150,6 +150,8 @@ pub struct Gguf {
     /// The tensors in the order of the header, under the names of the file.
     pub tensors: Vec<StoredTensor>,
     meta: BTreeMap<String, Value>,
+    /// Where each value lies, its type before it.
+    stored: BTreeMap<String, Range<usize>>,
 }
 
 impl Gguf {
@@ -176,15 +178,18 @@ impl Gguf {
         let tensors = at.count("tensors", 32)?;
         let pairs = at.count("key-value pairs", 13)?;
 
-        let mut meta = BTreeMap::new();
+        let (mut meta, mut stored) = (BTreeMap::new(), BTreeMap::new());
         for i in 0..pairs {
             let key = at.string(format_args!("the key of pair {i}"))?;
+            let start = at.at;
             let value = at.value(key)?;
+            stored.insert(key.to_string(), start..at.at);
             if meta.insert(key.to_string(), value).is_some() {
                 return Err(at.wrong(format!("key {} appears twice", quote(key))));
             }
         }
-        let mut gguf = Gguf { path: path.to_path_buf(), version, mmap: mmap.clone(), tensors: Vec::new(), meta };
+        let mut gguf =
+            Gguf { path: path.to_path_buf(), version, mmap: mmap.clone(), tensors: Vec::new(), meta, stored };
 
         let parts = gguf.optional("split.count", Gguf::u32)?.unwrap_or(1);
         if parts > 1 {
@@ -239,6 +244,11 @@ impl Gguf {
     /// The value of a key.
     pub fn meta(&self, key: &str) -> Option<&Value> {
         self.meta.get(key)
+    }
+
+    /// The bytes of a value as the file has them, behind those of its type: what a copy of the pair needs.
+    pub fn stored(&self, key: &str) -> Option<&[u8]> {
+        self.stored.get(key).map(|range| &self.mmap[range.clone()])
     }
 
     /// Every key, in alphabetical order.

@@ -30,6 +30,22 @@ pub(crate) fn name_from_gguf(stored: &str) -> String {
     known_gguf_name(stored).unwrap_or_else(|| stored.to_string())
 }
 
+/// The name in a GGUF file of a decoder's tensor, by its Hugging Face name.
+pub(crate) fn name_to_gguf(name: &str) -> Option<String> {
+    if name == "model.rope_freqs" {
+        return Some("rope_freqs.weight".to_string());
+    }
+    let (stem, kind) = name.rsplit_once('.')?;
+    let find = |table: &[(&'static str, &str)], stem: &str| table.iter().find(|row| row.1 == stem).map(|row| row.0);
+    match stem.strip_prefix("model.layers.") {
+        None => find(&OUTSIDE, stem).map(|stored| format!("{stored}.{kind}")),
+        Some(inside) => {
+            let (layer, part) = inside.split_once('.')?;
+            find(&INSIDE, part).map(|stored| format!("blk.{layer}.{stored}.{kind}"))
+        }
+    }
+}
+
 fn known_gguf_name(stored: &str) -> Option<String> {
     if stored == "rope_freqs.weight" {
         return Some("model.rope_freqs".to_string());
@@ -124,7 +140,7 @@ fn check(checkpoint: &Checkpoint, name: &str, expected: &[usize]) -> Result<(), 
 type Each<'a> = &'a mut dyn FnMut(String, &[usize]) -> Result<(), Error>;
 
 /// Calls `each` with the name and shape of every tensor the architecture needs, until an error.
-fn for_each(config: &Config, each: Each) -> Result<(), Error> {
+pub(crate) fn for_each(config: &Config, each: Each) -> Result<(), Error> {
     let Config { hidden, ffn, head_dim, vocab, .. } = *config;
     if config.arch == Arch::Bert {
         return for_each_bert(config, each);

@@ -1,7 +1,7 @@
 //! Models: memory-mapped files, tokenizer, decoder and embedder.
 //!
 //! From the file up: [`checkpoint`] (config and tensors), [`weights`] (tensors on a device), [`llama`] and [`bert`]
-//! (the passes), [`session`] (what a text in progress keeps), [`generate`] (with tokenizer and sampler: the whole).
+//! (the passes), [`session`] (what a text in progress keeps), [`generate`] (with tokenizer and sampler: the whole). [`write`] is the way back.
 
 pub mod bert;
 pub mod bnb4;
@@ -17,3 +17,7 @@ pub mod sampler;
 pub mod session;
 pub mod tokenizer;
 pub mod weights;
+pub mod write;
+mod write_gguf;
+mod write_hf;
+mod write_vocab;

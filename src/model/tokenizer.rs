@@ -15,6 +15,7 @@ use tokenizers::models::bpe::BPE;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::tokenizer::AddedVocabulary;
 use tokenizers::{
     AddedToken, DecoderWrapper, Model, OffsetType, PostProcessor, PreTokenizer, PreTokenizerWrapper,
@@ -285,6 +286,22 @@ impl Tokenizer {
     /// A decoder for ids that arrive one at a time.
     pub fn decoder(&self, skip_special: bool) -> Decoder<'_> {
         Decoder { tokenizer: self, skip_special, bytes: Vec::new(), ids: Vec::new(), shown: 0 }
+    }
+
+    /// The tokenizer as the text of a `tokenizer.json`, from which [`Tokenizer::from_json_file`] makes the same ids.
+    pub fn to_json(&self) -> Result<String, Error> {
+        let broken = |e: tokenizers::Error| Error::Vocabulary(e.to_string());
+        let mut whole = self.inner.clone();
+        if self.byte_level {
+            whole.with_decoder(Some(ByteLevel::default()));
+        }
+        if let Some((id, token)) = self.bos.filter(|_| self.add_bos).and_then(|id| Some((id, self.token(id)?))) {
+            let template = TemplateProcessing::builder()
+                .try_single(vec![token.clone(), "$A".into()])
+                .and_then(|b| b.special_tokens(vec![(token, id)]).build().map_err(|e| e.to_string()));
+            whole.with_post_processor(Some(template.map_err(Error::Vocabulary)?));
+        }
+        whole.to_string(true).map_err(broken)
     }
 
     /// One past the largest id.

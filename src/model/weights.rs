@@ -37,7 +37,7 @@ pub struct LoadOptions {
 }
 
 /// Values decoded at once while a tensor is read, which bounds the memory that takes: 64 MiB of f32.
-const BLOCK_VALUES: usize = 16 << 20;
+pub(super) const BLOCK_VALUES: usize = 16 << 20;
 /// Blocks and shards begin at multiples of this row, so that offsets into every part are multiples of 4 bytes.
 const ROW_UNIT: usize = 4;
 
@@ -290,7 +290,7 @@ impl<'a> Loader<'a> {
 }
 
 /// Bytes of a part that belong to rows `row0..row0 + n` of a matrix with `k` columns, where row 0 begins the part.
-fn part_range(part: &PartSpec, k: usize, row0: usize, n: usize) -> Range<usize> {
+pub(super) fn part_range(part: &PartSpec, k: usize, row0: usize, n: usize) -> Range<usize> {
     let size = part.dtype.size();
     match (part.name, part.shape) {
         (_, (0, _)) => 0..0,
@@ -320,16 +320,16 @@ fn gcd(a: usize, b: usize) -> usize {
     }
 }
 
-fn lcm(a: usize, b: usize) -> usize {
+pub(super) fn lcm(a: usize, b: usize) -> usize {
     a / gcd(a, b) * b
 }
 
 /// A matrix in its file.
-struct Source<'a> {
-    n: usize,
-    k: usize,
+pub(super) struct Source<'a> {
+    pub(super) n: usize,
+    pub(super) k: usize,
     /// The format its bytes become without a change of value.
-    format: Format,
+    pub(super) format: Format,
     values: Values<'a>,
 }
 
@@ -340,7 +340,7 @@ enum Values<'a> {
 }
 
 impl<'a> Source<'a> {
-    fn open(checkpoint: &'a Checkpoint, name: &str) -> Result<Source<'a>, Error> {
+    pub(super) fn open(checkpoint: &'a Checkpoint, name: &str) -> Result<Source<'a>, Error> {
         if let Some(view) = checkpoint.bnb4(name) {
             let view = view?;
             let [n, k] = view.shape;
@@ -384,12 +384,12 @@ impl<'a> Source<'a> {
         }
     }
 
-    fn wrong(&self, what: impl ToString) -> Error {
+    pub(super) fn wrong(&self, what: impl ToString) -> Error {
         self.view().wrong(what.to_string())
     }
 
     /// Blocks of rows begin at multiples of this many.
-    fn unit(&self, head_dim: usize) -> usize {
+    pub(super) fn unit(&self, head_dim: usize) -> usize {
         let unit = shard_unit(self.format, self.k);
         if self.view().rope_permuted {
             lcm(unit, head_dim)
@@ -399,7 +399,7 @@ impl<'a> Source<'a> {
     }
 
     /// Rows `row0..row0 + n` in the source's format, a multiple of [`Source::unit`] first, in Hugging Face's order.
-    fn rows(&self, row0: usize, n: usize, head_dim: usize) -> Result<Packed, Error> {
+    pub(super) fn rows(&self, row0: usize, n: usize, head_dim: usize) -> Result<Packed, Error> {
         let mut packed = match &self.values {
             Values::Plain(view) => {
                 let row = view.bytes.len() / self.n;
@@ -443,7 +443,7 @@ impl<'a> Source<'a> {
         Packed { format: self.format, rows: n, cols: self.k, parts: parts.collect() }
     }
 
-    fn give_back(&self) {
+    pub(super) fn give_back(&self) {
         match &self.values {
             Values::Plain(view) | Values::Blocks(view, _) => give_back(view),
             Values::Bnb4(view) => {
@@ -464,7 +464,7 @@ fn tensor(spec: &PartSpec, bytes: &[u8]) -> HostTensor {
 
 /// Rows of `row` bytes in GGUF's order to Hugging Face's, head by head: of a head's stored rows, 2i+j becomes row
 /// j·head_dim/2 + i.
-fn unpermute<T: bytemuck::Pod>(bytes: &[u8], row: usize, head_dim: usize) -> Vec<T> {
+pub(super) fn unpermute<T: bytemuck::Pod>(bytes: &[u8], row: usize, head_dim: usize) -> Vec<T> {
     let mut out = vec![T::zeroed(); bytes.len() / size_of::<T>()];
     let target: &mut [u8] = bytemuck::cast_slice_mut(&mut out);
     for (head, target) in bytes.chunks(head_dim * row).zip(target.chunks_mut(head_dim * row)) {

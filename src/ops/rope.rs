@@ -97,7 +97,7 @@ pub fn table(positions: usize, head_dim: usize, theta: f32, scaling: &Scaling) -
 }
 
 /// f_i for i < head_dim/2, each step in f32.
-fn frequencies(head_dim: usize, theta: f32, scaling: &Scaling) -> Vec<f32> {
+pub(crate) fn frequencies(head_dim: usize, theta: f32, scaling: &Scaling) -> Vec<f32> {
     let plain = (0..head_dim / 2).map(|i| {
         let exponent = (2 * i) as f32 / head_dim as f32;
         1.0 / (theta as f64).powf(exponent as f64) as f32
