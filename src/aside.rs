@@ -32,6 +32,9 @@ impl Aside {
                     return Ok(Aside { path: path.to_path_buf(), temporary, writer });
                 }
                 Err(cause) if cause.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(cause) if cause.kind() == io::ErrorKind::NotFound => {
+                    return Err(Error::file(path, "cannot be written: its directory does not exist, make it first"));
+                }
                 Err(cause) => return Err(Error::io(path, cause)),
             }
         }

@@ -10,6 +10,8 @@ mod reference;
 mod tiny;
 #[path = "models/tiny_decoders.rs"]
 mod tiny_decoders;
+#[path = "models/written.rs"]
+mod written;
 
 use handmill::device::{cpu::Cpu, Device};
 use std::sync::Arc;

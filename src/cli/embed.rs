@@ -60,7 +60,7 @@ impl Embed {
             return print_json(&json!({
                 "n": n,
                 "d": d,
-                "out": self.out,
+                "out": self.out.display().to_string(),
                 "lines_per_s": lines_per_s,
                 "device": device.id(),
                 "peak_bytes": peak_bytes(),

@@ -48,7 +48,7 @@ struct Common {
     /// Where to compute: a device of `handmill doctor`, or auto for the best there is
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: String,
-    /// Print one JSON object for scripts instead of text for people
+    /// Print JSON for scripts instead of text for people
     #[arg(long)]
     json: bool,
 }
@@ -85,14 +85,16 @@ pub fn main() -> ExitCode {
     let Err(error) = result.and_then(|()| Ok(io::stdout().flush()?)) else {
         return ExitCode::SUCCESS;
     };
-    // Only stdout is written without naming a file in the error: `handmill .. | head` is no fault.
-    if error.downcast_ref::<io::Error>().is_some_and(|cause| cause.kind() == io::ErrorKind::BrokenPipe) {
-        return ExitCode::SUCCESS;
+    // Every file's error names the file; a bare one is stdout's.
+    let bare = error.downcast_ref::<io::Error>().filter(|_| error.chain().len() == 1);
+    if bare.is_some_and(|cause| cause.kind() == io::ErrorKind::BrokenPipe) {
+        return ExitCode::SUCCESS; // `handmill .. | head` is no fault
     }
+    let place = if bare.is_some() { "stdout: " } else { "" };
     if error.is::<ChecksFailed>() {
         return ExitCode::from(1);
     }
-    let _ = writeln!(io::stderr(), "handmill: {}", chain(&error));
+    let _ = writeln!(io::stderr(), "error: {place}{}", chain(&error));
     ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
 }
 

@@ -63,7 +63,7 @@ impl Quantize {
             true => print_json(&json!({
                 "bytes_before": quantized.bytes_before,
                 "bytes_after": quantized.bytes_after,
-                "path": quantized.path,
+                "path": quantized.path.display().to_string(),
                 "tensors": quantized.tensors.iter().map(tensor_json).collect::<Vec<_>>(),
             })),
             false => print(&quantized),

@@ -349,6 +349,9 @@ fn compare_tokenizers(checkpoint: &Checkpoint, written: &Checkpoint, model: &Pat
         let what = "its tokenizer makes other ids than the source's: this kind of tokenizer cannot be carried over";
         return Err(Error::file(model, what));
     }
+    for id in checkpoint.config.eos.iter().filter(|id| !written.config.eos.contains(id)) {
+        log::warn!("{}: token {id} ended texts of the source; GGUF has room for two such tokens", model.display());
+    }
     Ok(())
 }
 

@@ -45,6 +45,21 @@ pub trait Vector: Copy {
     fn sum(self) -> f32;
 }
 
+/// Asks for the cache lines of `bytes` bytes from `start` on, which may lie beyond the allocation: a hint, never a read.
+#[inline(always)]
+pub fn prefetch<T>(start: *const T, bytes: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..bytes).step_by(64) {
+        // SAFETY: a prefetch of any address is no access and never faults; SSE is part of x86-64.
+        unsafe {
+            use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+            _mm_prefetch::<_MM_HINT_T0>(start.cast::<i8>().wrapping_add(line));
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (start, bytes);
+}
+
 /// Work to run with one kind of vector.
 pub trait Body {
     /// Runs with vectors of type `V`.

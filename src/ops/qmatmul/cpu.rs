@@ -14,14 +14,24 @@
 //! ```
 
 use crate::op::*;
-use crate::ops::vector::{for_simd, Body, Portable, Vector, LANES};
+use crate::ops::vector::{for_simd, prefetch, Body, Portable, Vector, LANES};
 use crate::ops::weights::{part_count, Weights, SCALE_ROWS};
 use crate::quant;
 use crate::tensor::Dtype;
 use rayon::prelude::*;
+use std::cell::Cell;
 
 /// Most rows of x that `rows` takes: beyond it `gemm` is faster (AVX-512, 576×576 to 1536×576).
 const MAX_ROWS: usize = 8;
+/// Decoded weights held at a time, in values: 4 MiB, so that what one thread decodes the others find in cache, and the
+/// pages are not given back and faulted in again at each launch.
+const PANEL: usize = 1 << 20;
+thread_local! {
+    /// The panel of the last launch, to be used again.
+    static PANEL_MEMORY: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
+/// How far ahead of the row in work its weights are asked for, in bytes. The processor's own prefetch stops at each page.
+const AHEAD: usize = 2048;
 /// Multiply-adds below which waking a second thread costs more than it saves.
 const SERIAL: usize = 1 << 16;
 
@@ -184,33 +194,53 @@ fn naive(word: &str, d: &Dims, args: &mut [Slice<'_>]) {
     }
 }
 
-/// Decodes W into f32, once, then multiplies.
+/// Decodes a panel of W into f32, once for all rows of x, and multiplies.
 fn gemm(word: &str, simd: Simd, d: &Dims, args: &mut [Slice<'_>]) {
     let a = arguments(word, d, args);
     if a.m == 0 || a.n == 0 {
         return;
     }
-    let decoded;
-    let w = match a.w {
-        Weights::F32 { w } => w,
-        _ => {
-            let mut buffer: Vec<f32> = vec![0.0; a.n * a.k];
-            let per_task = a.n.div_ceil(tasks(a.n * a.k));
-            buffer.par_chunks_mut(per_task * a.k).enumerate().for_each(|(task, rows)| {
-                for_simd(simd, Decode { w: a.w, first: task * per_task, rows, k: a.k });
+    if let Weights::F32 { w } = a.w {
+        multiply(&a, 0, w);
+    } else {
+        let panel_rows = (PANEL / a.k).max(1).min(a.n);
+        let mut panel = PANEL_MEMORY.take();
+        panel.resize(panel_rows * a.k, 0.0);
+        for first in (0..a.n).step_by(panel_rows) {
+            let rows = panel_rows.min(a.n - first);
+            let panel = &mut panel[..rows * a.k];
+            let per_task = rows.div_ceil(tasks(rows * a.k));
+            panel.par_chunks_mut(per_task * a.k).enumerate().for_each(|(task, rows)| {
+                for_simd(simd, Decode { w: a.w, first: first + task * per_task, rows, k: a.k });
             });
-            decoded = buffer;
-            &decoded
+            multiply(&a, first, panel);
         }
-    };
+        PANEL_MEMORY.set(panel);
+    }
+    if !a.extra.is_zero() {
+        let (y, extra) = (&a.y, a.extra);
+        (0..a.m).into_par_iter().for_each(|m| {
+            // SAFETY: each m is one task's.
+            let row = unsafe { y.row(m) };
+            for (n, y) in row.iter_mut().enumerate() {
+                *y += extra.at(m, n);
+            }
+        });
+    }
+}
+
+/// y[:, first..] = x · wᵀ for the rows `w` of W, [rows,K].
+fn multiply(a: &Args<'_>, first: usize, w: &[f32]) {
+    let rows = w.len() / a.k;
+    assert!(first + rows <= a.n && a.x.len() == a.m * a.k);
     // y[m,n] = Σ over k of x[m,k] · w[n,k]: dst is M by N, lhs M by K, rhs K by N.
-    // SAFETY: strides and sizes are those of y[M,LDY], x[M,K] and w[N,K], whose lengths the launch has checked.
+    // SAFETY: strides and sizes are those of y[M,LDY], x[M,K] and w[rows,K], which lie in their slices.
     unsafe {
         gemm::gemm(
             a.m,
-            a.n,
+            rows,
             a.k,
-            a.y.first,
+            a.y.first.add(first),
             1,
             a.y.ld as isize,
             false,
@@ -227,16 +257,6 @@ fn gemm(word: &str, simd: Simd, d: &Dims, args: &mut [Slice<'_>]) {
             false,
             gemm::Parallelism::Rayon(0),
         );
-    }
-    if !a.extra.is_zero() {
-        let (y, extra) = (&a.y, a.extra);
-        (0..a.m).into_par_iter().for_each(|m| {
-            // SAFETY: each m is one task's.
-            let row = unsafe { y.row(m) };
-            for (n, y) in row.iter_mut().enumerate() {
-                *y += extra.at(m, n);
-            }
-        });
     }
 }
 
@@ -452,6 +472,7 @@ impl RowDot for Bytes<'_> {
     fn dot<V: Vector, const T: usize>(self, n: usize, x: [&[f32]; T], scales: &[f32]) -> [(V, f32); T] {
         let k = x[0].len();
         let codes = &self.codes[n * k..(n + 1) * k];
+        prefetch(codes.as_ptr().wrapping_add(AHEAD), k);
         let shift = (self.group / LANES).ilog2();
         let x = x.map(|x| x.as_chunks::<LANES>().0);
         let mut sums = [V::splat(0.0); T];
@@ -510,6 +531,7 @@ fn nibbles<V: Vector, const T: usize>(
     scales: &[f32],
     unpack: impl Fn(&[u8]) -> (V, V),
 ) -> [(V, f32); T] {
+    prefetch(codes.as_ptr().wrapping_add(AHEAD), codes.len());
     let shift = (group / (2 * LANES)).ilog2();
     let x = x.map(|x| x.as_chunks::<{ 2 * LANES }>().0);
     let mut sums = [V::splat(0.0); T];
