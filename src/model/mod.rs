@@ -1,7 +1,8 @@
 //! Models: memory-mapped files, tokenizer, decoder and embedder.
 //!
 //! From the file up: [`checkpoint`] (config and tensors), [`weights`] (tensors on a device), [`llama`] and [`bert`]
-//! (the passes), [`session`] (what a text in progress keeps), [`generate`] (with tokenizer and sampler: the whole). [`write`] is the way back.
+//! (the passes), [`session`] (what a text in progress keeps), [`generate`] (with tokenizer and sampler: the whole).
+//! [`mod@write`] is the way back.
 
 pub mod bert;
 pub mod bnb4;

@@ -1,7 +1,7 @@
 //! `attention`: y = softmax(scale · q·kᵀ) · v over a span of cached rows         Vaswani et al. 2017, arXiv 1706.03762
 //!
 //! Several query heads may share a key head (Ainslie et al. 2023, arXiv 2305.13245): head h reads key head h/(H/KV).
-//! One rule covers every mask in use: row m sees the rows span[m,0]..span[m,1] of the cache. A causal model gives it
+//! One rule covers every mask in use: row m sees the rows `span[m,0]..span[m,1]` of the cache. A causal model gives it
 //! 0..pos+1, packed documents start..pos+1, a bidirectional encoder its sentence start..end, padding an empty span.
 
 mod decode;

@@ -1,4 +1,4 @@
-//! `embedding`: y[m,K] = row ids[m] − N0 of deq(W[N,K]), for ids in N0..N0+N
+//! `embedding`: `y[m,K]` = row `ids[m] − N0` of `deq(W[N,K])`, for ids in N0..N0+N
 //!
 //! W holds the rows of tokens N0.. of a table that may be split by rows; a token of another shard leaves its row of y
 //! as it is, so the shards' launches fill y between them.

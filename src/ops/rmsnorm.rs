@@ -1,4 +1,4 @@
-//! `rmsnorm`: y[M,K] = x[M,K] · gain[K] / sqrt(mean over K of x² + eps)          Zhang & Sennrich 2019, arXiv 1910.07467
+//! `rmsnorm`: `y[M,K] = x[M,K] · gain[K] / sqrt(mean over K of x² + eps)`      Zhang & Sennrich 2019, arXiv 1910.07467
 
 use crate::op::*;
 use crate::tensor::{Dtype, HostTensor};

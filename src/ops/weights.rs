@@ -65,7 +65,7 @@ pub fn part_count(word: &str) -> usize {
     }
 }
 
-/// The weights' exact values and magnitudes, row-major [N,K], for oracles.
+/// The weights' exact values and magnitudes, row-major `[N,K]`, for oracles.
 pub fn exact(word: &str, d: &Dims, parts: &[HostTensor]) -> (Vec<f64>, Vec<f64>) {
     quant::decode_with_magnitude(parts, format_of(word, d), d["N"], d["K"])
 }
@@ -116,7 +116,7 @@ impl<'a> Scales<'a> {
     }
 }
 
-/// A weight matrix [N,K] in a kernel's arguments.
+/// A weight matrix `[N,K]` in a kernel's arguments.
 #[derive(Clone, Copy)]
 #[allow(missing_docs)]
 pub enum Weights<'a> {

@@ -1,7 +1,7 @@
-//! `qmatmul`: y[M,N] = x[M,K] · deq(W[N,K])ᵀ + bias[N] + s · S[M,R] · B[N,R]ᵀ
+//! `qmatmul`: `y[M,N] = x[M,K] · deq(W[N,K])ᵀ + bias[N] + s · S[M,R] · B[N,R]ᵀ`
 //!
 //! One spec for each weight format; they differ in the arguments that hold W. `BIAS` is 0 or 1 and `R` may be 0: those
-//! arguments are then empty. y is columns Y0..Y0+N of a matrix [M,LDY], so that W can be split by rows, or several W
+//! arguments are then empty. y is columns Y0..Y0+N of a matrix `[M,LDY]`, so that W can be split by rows, or several W
 //! share one y. S = x·Aᵀ is `lora_shrink`'s; with it the low-rank term costs no pass over y of its own.
 
 mod cpu;
