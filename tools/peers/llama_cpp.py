@@ -9,7 +9,9 @@ probable each time (decode, tg128). A round is Handmill, then llama.cpp, each wa
 are compared. What both say of the prompt's next token is compared before anything is timed: where they choose
 different ones, the run ends with exit code 1. Other work on the machine spoils the figures; the load is recorded.
 
-Variants are made of the model's own values: `q4_0` has the layers' matrices in Q4_0, `f32` has everything in F32.
+Variants are made of the model's own values: `q4_0` has the layers' matrices in Q4_0, `f32` has everything in F32. With
+4-bit weights llama.cpp rounds activations to 8 bits and Handmill does not, so logits differ by some tenths; in f32 they
+differ by some thousandths, as llama.cpp keeps keys and values in f16. Texts chosen part ways where two tokens are close.
 llama.cpp is driven through the server inside xllamacpp (llama-cpp-python publishes no wheels), its own clock is read,
 and its settings are the defaults: flash attention where it can, weights repacked for the processor.
 """
@@ -202,7 +204,7 @@ def measure(binary, model, variant, args):
 
 
 def show(row, rounds):
-    print(f"\n{row['model']} ({row['variant']}) on {row['cpu']}, {row['threads']} threads, {rounds} rounds")
+    print(f"\n{row['model']} ({row['variant']}) on {row['cpu']}, {rounds} rounds")
     first = row["first_token"]
     apart = first["largest_logit_difference_of_top_10"]
     print(f"same next token; logits of the ten best differ by at most {apart:.3f}; {row['same_tokens']} alike\n")
