@@ -44,6 +44,7 @@ struct Options {
 }
 
 fn main() -> Result<()> {
+    handmill::device::cpu::work_on_this_thread();
     let options = Options::parse();
     ensure!(options.rounds > 0 && options.prefill > 0 && options.decode > 0, "rounds and tokens begin at 1");
     let path = options.model.clone().map_or_else(smollm2, Ok)?;

@@ -6,7 +6,8 @@
 //! `benches/model.rs` shows what weights cost that do not fit them.
 
 use criterion::{criterion_group, criterion_main, BenchmarkId, Criterion, Throughput};
-use handmill::device::{cpu::Cpu, Buffer, Device};
+use handmill::device::cpu::{work_on_this_thread, Cpu};
+use handmill::device::{Buffer, Device};
 use handmill::op::{Dims, Kernel, OpSpec};
 use handmill::ops::OPS;
 use handmill::verify;
@@ -24,6 +25,7 @@ const NAIVE_FLOPS: u64 = 100_000_000;
 const COMPUTE_BOUND: u64 = 16;
 
 fn ops(criterion: &mut Criterion) {
+    work_on_this_thread();
     let device = Cpu::new();
     for &spec in OPS {
         for dims in shapes(spec) {

@@ -3,5 +3,6 @@
 mod cli;
 
 fn main() -> std::process::ExitCode {
+    handmill::device::cpu::work_on_this_thread();
     cli::main()
 }

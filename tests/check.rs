@@ -76,7 +76,7 @@ struct Leaky {
     cpu: Cpu,
     allocated: Mutex<Vec<Buffer>>,
     /// Which allocation, and which byte of it.
-    leak: (usize, fn(usize) -> usize),
+    leak: (usize, usize),
 }
 
 impl Device for Leaky {
@@ -105,8 +105,7 @@ impl Device for Leaky {
     }
     fn launch(&self, spec: &OpSpec, kernel: &'static Kernel, args: &[&Buffer], dims: &Dims) -> Result<()> {
         self.cpu.launch(spec, kernel, args, dims)?;
-        let buffer = &self.allocated.lock().unwrap()[self.leak.0];
-        self.cpu.write(buffer, (self.leak.1)(buffer.bytes()), &[0])
+        self.cpu.write(&self.allocated.lock().unwrap()[self.leak.0], self.leak.1, &[0])
     }
     fn sync(&self) -> Result<()> {
         self.cpu.sync()
@@ -119,16 +118,15 @@ impl Device for Leaky {
 #[test]
 fn stray_writes_fail_wherever_they_land() {
     let margin = 64;
-    // Buffer 0 holds x, buffer 1 holds y, each between two margins.
-    let leaks: [(usize, fn(usize) -> usize, &str); 4] = [
-        (0, |_| 64 - 1, "outside"),
-        (1, |bytes| bytes - 64, "outside"),
-        (1, |_| 0, "outside"),
-        (0, |_| 64 + 7, "input was changed"),
-    ];
     assert_eq!(Cpu::new().caps().view_alignment, margin);
-    for (argument, byte, expected) in leaks {
-        let device = Leaky { cpu: Cpu::new(), allocated: Mutex::default(), leak: (argument, byte) };
+    // Buffer 0 holds x, buffer 1 holds y, each of 33 elements between two margins.
+    for (buffer, byte, expected) in [
+        (0, margin - 1, "outside"),
+        (1, margin + 33 * 4, "outside"),
+        (1, 0, "outside"),
+        (0, margin + 7, "input was changed"),
+    ] {
+        let device = Leaky { cpu: Cpu::new(), allocated: Mutex::default(), leak: (buffer, byte) };
         let reason = failure(&device, 0).expect("a stray write");
         assert!(reason.contains(expected), "{reason}");
     }

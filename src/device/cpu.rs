@@ -60,6 +60,15 @@ impl Cpu {
     }
 }
 
+/// Makes the calling thread one of rayon's. A launch from it then begins at once; from any other thread each launch
+/// wakes a sleeping one and waits for it, which for one token costs as much as a small matrix. For a program's main
+/// thread, before anything else; later calls change nothing.
+pub fn work_on_this_thread() {
+    if let Err(error) = rayon::ThreadPoolBuilder::new().use_current_thread().build_global() {
+        log::debug!("this thread stays outside rayon's pool: {error}");
+    }
+}
+
 /// The widest instruction set with rungs of its own.
 fn detect_simd() -> Simd {
     #[cfg(target_arch = "x86_64")]
