@@ -13,6 +13,7 @@
 //!            y[m,n] = Σ lanes of acc[m] + Σ over g of min[n,g] · xsum[m,g]      xsum: once a launch, not once a row
 //! ```
 
+use crate::device::team;
 use crate::op::*;
 use crate::ops::vector::{for_simd, prefetch, Body, Portable, Vector, LANES};
 use crate::ops::weights::{part_count, Weights, SCALE_ROWS};
@@ -302,9 +303,11 @@ fn rows(word: &str, simd: Simd, d: &Dims, args: &mut [Slice<'_>]) {
 
 /// Divides the rows of W among the threads.
 fn stream(simd: Simd, a: &Args<'_>, x: &Prepared, row: impl RowDot) {
-    let per_task = a.n.div_ceil(tasks(a.m * a.n * a.k)).max(1);
-    (0..a.n.div_ceil(per_task)).into_par_iter().for_each(|task| {
-        let rows = task * per_task..((task + 1) * per_task).min(a.n);
+    // More parts than threads, whole blocks of scales each: a thread that is held up leaves its share to the others.
+    let parts = if a.m * a.n * a.k < SERIAL { 1 } else { 4 * rayon::current_num_threads() };
+    let per_part = a.n.div_ceil(parts).next_multiple_of(SCALE_ROWS);
+    team::run(a.n.div_ceil(per_part), &|part| {
+        let rows = part * per_part..((part + 1) * per_part).min(a.n);
         for_simd(simd, Stream { a, x, row, rows });
     });
 }
