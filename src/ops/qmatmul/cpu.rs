@@ -303,8 +303,9 @@ fn rows(word: &str, simd: Simd, d: &Dims, args: &mut [Slice<'_>]) {
 
 /// Divides the rows of W among the threads.
 fn stream(simd: Simd, a: &Args<'_>, x: &Prepared, row: impl RowDot) {
-    // More parts than threads, whole blocks of scales each: a thread that is held up leaves its share to the others.
-    let parts = if a.m * a.n * a.k < SERIAL { 1 } else { 4 * rayon::current_num_threads() };
+    // Many more parts than threads, whole blocks of scales each: a thread that is held up leaves its share to the others.
+    let split = a.m * a.n * a.k >= SERIAL;
+    let parts = if split { 16 * rayon::current_num_threads() } else { 1 };
     let per_part = a.n.div_ceil(parts).next_multiple_of(SCALE_ROWS);
     team::run(a.n.div_ceil(per_part), &|part| {
         let rows = part * per_part..((part + 1) * per_part).min(a.n);
