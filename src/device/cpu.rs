@@ -1,4 +1,5 @@
-//! The CPU device: always there. A launch runs at once on rayon's threads, so order is the order of calls.
+//! The CPU device: always there. A launch runs at once, its kernel on as many threads as it sees fit, so order is the
+//! order of calls.
 
 use super::{check_launch, Buffer, Device, Error, Result};
 use crate::op::{Caps, DeviceKind, Dims, Kernel, OpSpec, Role, Simd, Slice, Source};

@@ -4,7 +4,6 @@
 //! [`Device`] runs unchanged on every kind.
 
 pub mod cpu;
-pub mod team;
 
 use crate::op::{Caps, Dims, Kernel, OpSpec, Role};
 use memmap2::Mmap;

@@ -30,8 +30,11 @@ import tempfile
 import urllib.request
 from pathlib import Path
 
-import gguf
-import xllamacpp
+try:
+    import gguf
+    import xllamacpp
+except ImportError as missing:
+    sys.exit(f"llama_cpp.py: {missing}: pip install --only-binary :all: xllamacpp gguf")
 
 ROOT = Path(__file__).resolve().parents[2]
 BUSY = 0.3  # load of the machine above which its figures should not be quoted

@@ -13,8 +13,8 @@
 //!            y[m,n] = Σ lanes of acc[m] + Σ over g of min[n,g] · xsum[m,g]      xsum: once a launch, not once a row
 //! ```
 
-use crate::device::team;
 use crate::op::*;
+use crate::ops::team;
 use crate::ops::vector::{for_simd, prefetch, Body, Portable, Vector, LANES};
 use crate::ops::weights::{part_count, Weights, SCALE_ROWS};
 use crate::quant;
