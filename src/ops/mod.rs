@@ -11,7 +11,7 @@ pub mod rmsnorm;
 pub mod rope;
 pub mod simd;
 pub mod swiglu;
-pub mod team;
+mod team;
 pub mod vector;
 pub mod weights;
 
