@@ -355,10 +355,15 @@ fn compare_tokenizers(checkpoint: &Checkpoint, written: &Checkpoint, model: &Pat
     Ok(())
 }
 
-/// A directory inside the target where files wait until all are whole.
+/// Name of the staging directory in the target.
+const PARTIAL: &str = ".handmill.partial";
+
+/// A directory inside the target where files wait until all are whole. Its lock file is held while a run is alive, so
+/// that what a killed run has left is known from what another is writing.
 struct Staging {
     out: PathBuf,
     path: PathBuf,
+    _lock: fs::File,
     /// `out` did not exist.
     made: bool,
 }
@@ -368,8 +373,6 @@ impl Staging {
         let fail = |cause| Error::io(out, cause);
         let made = !out.exists();
         fs::create_dir_all(out).map_err(fail)?;
-        let path = out.join(format!(".handmill-{}.partial", std::process::id()));
-        let staging = Staging { out: out.to_path_buf(), path, made };
         let here = out.canonicalize().map_err(fail)?;
         for file in &checkpoint.files {
             // A file may be a link: neither where it stands nor where it points to is written.
@@ -382,13 +385,30 @@ impl Staging {
         }
         for entry in fs::read_dir(out).map_err(fail)? {
             let name = entry.map_err(fail)?.file_name().to_string_lossy().into_owned();
-            if !target.files().contains(&name.as_str()) && !name.starts_with(".handmill-") {
+            if !target.files().contains(&name.as_str()) && name != PARTIAL {
                 let what = format!("holds {}, which is not part of such a model: name another directory", quote(&name));
                 return Err(Error::file(out, what));
             }
         }
-        fs::create_dir(&staging.path).map_err(|cause| Error::io(&staging.path, cause))?;
-        Ok(staging)
+        let path = out.join(PARTIAL);
+        fs::create_dir_all(&path).map_err(|cause| Error::io(&path, cause))?;
+        let lock_path = path.join("lock");
+        let lock = fs::File::create(&lock_path).map_err(|cause| Error::io(&lock_path, cause))?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(fs::TryLockError::WouldBlock) => {
+                return Err(Error::file(
+                    out,
+                    "is being written by another run: wait for it, or name another directory",
+                ));
+            }
+            Err(fs::TryLockError::Error(cause)) => return Err(Error::io(&lock_path, cause)),
+        }
+        for name in target.files() {
+            // Left by a killed run, if it is there at all.
+            let _ = fs::remove_file(path.join(name));
+        }
+        Ok(Staging { out: out.to_path_buf(), path, _lock: lock, made })
     }
 
     /// Puts the files in their places. What is left of an earlier model goes; `config.json`, without which a directory
@@ -419,7 +439,7 @@ impl Staging {
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        // Nothing to clean up where an earlier check already refused the directory.
+        // What cannot be removed here, the next run clears.
         let _ = fs::remove_dir_all(&self.path);
         if self.made {
             let _ = fs::remove_dir(&self.out); // stays when it holds anything

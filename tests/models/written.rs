@@ -171,3 +171,25 @@ fn a_tokenizer_that_gguf_cannot_name_is_refused() {
     refused(with("/normalizer", json!({"type": "Lowercase"})), "Lowercase");
     refused(with("/model/vocab/x", json!(100)), "100 rows");
 }
+
+#[test]
+fn what_a_killed_run_left_is_cleared_and_a_live_one_is_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, out) = (folder.path().join("source"), folder.path().join("out"));
+    fs::create_dir(&source).unwrap();
+    write_dir(&source, &LLAMA, &tiny::random(&LLAMA, 5), None);
+    let staging = out.join(".handmill.partial");
+    fs::create_dir_all(&staging).unwrap();
+    fs::write(staging.join("model.gguf"), b"half a mod").unwrap();
+
+    let live = fs::File::create(staging.join("lock")).unwrap();
+    live.lock().unwrap();
+    let busy = write::quantize(&Checkpoint::open(&source).unwrap(), Target::Q8, &out, &mut |_, _| {});
+    let error = busy.unwrap_err().to_string();
+    assert!(error.contains("another run") && staging.join("model.gguf").exists(), "{error}");
+
+    drop(live);
+    quantize(&source, Target::Q8, &out);
+    let left: Vec<_> = fs::read_dir(&out).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["model.gguf"]);
+}

@@ -8,8 +8,7 @@
 //!
 //! ```text
 //! rows:  for n in 0..N, threads side by side
-//!            for g in groups:  part[m] = Σ over the group of code · x[m]        the scale waits until the group's end
-//!                              acc[m] += scale[n,g] · part[m]
+//!            for 32 columns of a group g:  acc[m] += scale[n,g] · (code · x[m])     lane by lane; 16 columns in q8
 //!            y[m,n] = Σ lanes of acc[m] + Σ over g of min[n,g] · xsum[m,g]      xsum: once a launch, not once a row
 //! ```
 
@@ -71,7 +70,7 @@ fn avx512(_: &Dims, caps: &Caps) -> bool {
     caps.simd >= Simd::Avx512
 }
 
-/// The streaming body takes 32 columns of one group at a time; only groups of 16 (Q6_K) are narrower, and go in halves.
+/// The body of 4-bit codes takes 32 columns of one group at a time; that of q8 takes 16, the narrowest group there is.
 fn few_rows(d: &Dims, _: &Caps) -> bool {
     d["M"] <= MAX_ROWS && (d.get("AFFINE").is_some() || d.get("G").is_none_or(|g| g % 32 == 0))
 }
