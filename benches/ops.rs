@@ -29,7 +29,7 @@ fn ops(criterion: &mut Criterion) {
     let device = Cpu::new();
     for &spec in OPS {
         for dims in shapes(spec) {
-            for kernel in spec.kernels.iter().filter(|k| device.caps().kind.runs(&k.source)) {
+            for kernel in spec.kernels().filter(|k| device.caps().kind.runs(&k.source)) {
                 let too_slow = kernel.stem.ends_with("_naive") && (spec.cost)(&dims).flops > NAIVE_FLOPS;
                 if (kernel.supports)(&dims, device.caps()) && !too_slow {
                     bench(criterion, &device, spec, kernel, &dims);

@@ -33,8 +33,9 @@ pub struct OpSpec {
     pub tolerance: Tolerance,
     /// Shapes to check, awkward ones first, the last a real model's.
     pub cases: &'static [Case],
-    /// Implementations, slowest first: the last one that supports dims and device is taken.
-    pub kernels: &'static [Kernel],
+    /// Implementations, a list for each language, in each the slowest first: the last one that supports dims and device
+    /// is taken.
+    pub kernels: &'static [&'static [Kernel]],
 }
 
 /// One buffer of an op.
@@ -217,6 +218,45 @@ pub struct Launch {
     pub shared_bytes: u32,
 }
 
+/// A PTX kernel with f32 activations; its stem names its file and its entry.
+macro_rules! ptx {
+    ($stem:literal, $launch:expr, $supports:expr) => {
+        $crate::op::Kernel {
+            stem: $stem,
+            source: $crate::op::Source::Ptx(include_str!(concat!(
+                env!("CARGO_MANIFEST_DIR"),
+                "/kernels/",
+                $stem,
+                ".ptx"
+            ))),
+            act: $crate::tensor::Dtype::F32,
+            launch: $launch,
+            supports: $supports,
+        }
+    };
+}
+
+/// A WGSL kernel with f32 activations; its stem names its file and its entry. Parts that several kernels share, such as the decoding of
+/// a format, are appended, so that the lines of messages are the file's.
+#[allow(unused_macros)]
+macro_rules! wgsl {
+    ($stem:literal $(+ $part:literal)*, $launch:expr, $supports:expr) => {
+        $crate::op::Kernel {
+            stem: $stem,
+            source: $crate::op::Source::Wgsl(concat!(
+                include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/", $stem, ".wgsl")),
+                $(include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/", $part, ".wgsl")),)*
+            )),
+            act: $crate::tensor::Dtype::F32,
+            launch: $launch,
+            supports: $supports,
+        }
+    };
+}
+pub(crate) use ptx;
+#[allow(unused_imports)]
+pub(crate) use wgsl;
+
 /// For Rust kernels.
 pub fn no_grid(_: &Dims) -> Launch {
     Launch { grid: [1, 1, 1], block: [1, 1, 1], shared_bytes: 0 }
@@ -371,9 +411,14 @@ impl OpSpec {
         self.dims(&case.dims.iter().map(|&v| v as usize).collect::<Vec<_>>(), case.scalars)
     }
 
-    /// The fastest kernel for these dims on a device, if any.
-    pub fn choose(&self, dims: &Dims, caps: &Caps) -> Option<&'static Kernel> {
-        self.kernels.iter().rev().find(|k| caps.kind.runs(&k.source) && (k.supports)(dims, caps))
+    /// Every kernel of every language.
+    pub fn kernels(&self) -> impl DoubleEndedIterator<Item = &'static Kernel> {
+        self.kernels.iter().flat_map(|language| language.iter())
+    }
+
+    /// The fastest kernel with activations of type `act` for these dims on a device, if any.
+    pub fn choose(&self, dims: &Dims, act: Dtype, caps: &Caps) -> Option<&'static Kernel> {
+        self.kernels().rev().find(|k| k.act == act && caps.kind.runs(&k.source) && (k.supports)(dims, caps))
     }
 }
 

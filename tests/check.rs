@@ -22,12 +22,12 @@ static DOUBLE: OpSpec = OpSpec {
     cost: |_| Cost { flops: 0, bytes: 0 },
     tolerance: Tolerance { roundings: |_| 1.0, nmse: 1e-12, why: "one product" },
     cases: &[],
-    kernels: &[
+    kernels: &[&[
         kernel("double_f32_right", |_, args| write(args, |i, x, n| (i + 1 < n).then_some(2.0 * x))),
         kernel("double_f32_off", |_, args| write(args, |i, x, n| (i + 1 < n).then_some(2.0 * x * (1.0 + 4e-7)))),
         kernel("double_f32_hole", |_, args| write(args, |i, x, n| (i + 1 < n && i != 5).then_some(2.0 * x))),
         kernel("double_f32_stray", |_, args| write(args, |_, x, _| Some(2.0 * x))),
-    ],
+    ]],
 };
 
 const fn kernel(stem: &'static str, body: fn(&Dims, &mut [Slice<'_>])) -> Kernel {
@@ -45,7 +45,7 @@ fn write(args: &mut [Slice<'_>], value: fn(usize, f32, usize) -> Option<f32>) {
 }
 
 fn failure(device: &dyn Device, kernel: usize) -> Option<String> {
-    verify::check(device, &DOUBLE, &DOUBLE.kernels[kernel], &DOUBLE.dims(&[33], &[]), 1).unwrap().failure
+    verify::check(device, &DOUBLE, &DOUBLE.kernels[0][kernel], &DOUBLE.dims(&[33], &[]), 1).unwrap().failure
 }
 
 #[test]
@@ -136,7 +136,7 @@ fn stray_writes_fail_wherever_they_land() {
 fn a_launch_that_does_not_fit_its_contract_is_refused() {
     let (cpu, dims) = (Cpu::new(), DOUBLE.dims(&[33], &[]));
     let (x, y, short) = (cpu.alloc(132).unwrap(), cpu.alloc(132).unwrap(), cpu.alloc(131).unwrap());
-    let launch = |args: &[&Buffer]| cpu.launch(&DOUBLE, &DOUBLE.kernels[0], args, &dims).map_err(|e| e.to_string());
+    let launch = |args: &[&Buffer]| cpu.launch(&DOUBLE, &DOUBLE.kernels[0][0], args, &dims).map_err(|e| e.to_string());
     assert_eq!(launch(&[&x, &y]), Ok(()));
     for (args, reason) in [
         (&[&x][..], "takes 2 buffers, got 1"),

@@ -1,7 +1,8 @@
 //! Devices × ops × kernels × cases: every kernel of the table against its oracle, one test each.
 
-use handmill::device::{cpu::Cpu, Device};
+use handmill::device::{cpu::Cpu, ptx_sim::PtxSim, Device};
 use handmill::op::{Case, DeviceKind, Kernel, OpSpec, Simd};
+use handmill::tensor::Dtype;
 use handmill::{ops::OPS, verify};
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::sync::Arc;
@@ -9,11 +10,11 @@ use std::sync::Arc;
 const SEED: u64 = 1;
 
 fn main() {
-    let devices: Vec<Arc<dyn Device>> = vec![Arc::new(Cpu::new())];
+    let devices: Vec<Arc<dyn Device>> = vec![Arc::new(Cpu::new()), Arc::new(PtxSim::new())];
     let mut trials = Vec::new();
     for device in &devices {
         for spec in OPS {
-            for kernel in spec.kernels.iter().filter(|k| device.caps().kind.runs(&k.source)) {
+            for kernel in spec.kernels().filter(|k| device.caps().kind.runs(&k.source)) {
                 for (i, case) in spec.cases.iter().enumerate() {
                     if !(kernel.supports)(&spec.case_dims(case), device.caps()) {
                         continue;
@@ -44,7 +45,7 @@ fn table(spec: &'static OpSpec) -> Result<(), Failed> {
     if spec.dims.len() + spec.scalars.len() > 16 {
         faults.push("more than 16 params".to_string());
     }
-    for kernel in spec.kernels {
+    for kernel in spec.kernels() {
         if !kernel.stem.starts_with(&format!("{}_", spec.id())) {
             faults.push(format!("{} does not begin with {}_", kernel.stem, spec.id()));
         }
@@ -55,11 +56,11 @@ fn table(spec: &'static OpSpec) -> Result<(), Failed> {
         caps.simd = simd;
         for case in spec.cases {
             let dims = spec.case_dims(case);
-            if spec.choose(&dims, &caps).is_none() {
+            if spec.choose(&dims, Dtype::F32, &caps).is_none() {
                 faults.push(format!("no kernel for {dims} on a CPU with {simd:?}"));
             }
         }
-        for kernel in spec.kernels.iter().filter(|k| DeviceKind::Cpu.runs(&k.source)) {
+        for kernel in spec.kernels().filter(|k| DeviceKind::Cpu.runs(&k.source)) {
             let used = |case: &Case| (kernel.supports)(&spec.case_dims(case), &caps);
             if simd == Simd::Avx512 && !spec.cases.iter().any(used) {
                 faults.push(format!("no case for {}", kernel.stem));

@@ -8,13 +8,14 @@ use clap::Args;
 use handmill::device::{self, Device};
 use handmill::op::{DeviceKind, Simd};
 use handmill::ops::OPS;
+use handmill::tensor::Dtype;
 use rayon::prelude::*;
 use serde_json::json;
 
 use super::{print_json, Common};
 
 /// Every device of this build, the first that is available being what `auto` takes.
-pub const DEVICES: [&str; 1] = ["cpu"];
+pub const DEVICES: [&str; 2] = ["cpu", "ptx-sim"];
 /// How long a measurement takes, in seconds.
 const LONG_ENOUGH: f64 = 0.3;
 /// Bytes of a buffer that is copied: far more than caches hold.
@@ -154,7 +155,7 @@ fn matmul_peak(device: &dyn Device) -> Result<Option<f64>> {
     let dims: Vec<usize> =
         op.dims.iter().map(|dim| if ["M", "N", "K", "LDY"].contains(dim) { MATMUL } else { 0 }).collect();
     let dims = op.dims(&dims, &vec![0.0; op.scalars.len()]);
-    let Some(kernel) = op.choose(&dims, device.caps()) else { return Ok(None) };
+    let Some(kernel) = op.choose(&dims, Dtype::F32, device.caps()) else { return Ok(None) };
     let tensors = handmill::verify::fill(op, &dims, kernel.act, 1);
     let buffers = tensors.iter().map(|tensor| {
         let buffer = device.alloc(tensor.bytes.len())?;

@@ -114,7 +114,7 @@ impl Verify {
 
     /// The kernels asked for; wrong use where there is none of that name.
     fn select(&self) -> Result<Vec<(&'static OpSpec, &'static Kernel)>> {
-        let kernels = OPS.iter().flat_map(|&spec| spec.kernels.iter().map(move |kernel| (spec, kernel)));
+        let kernels = OPS.iter().flat_map(|&spec| spec.kernels().map(move |kernel| (spec, kernel)));
         let of_op = |spec: &OpSpec| self.op.as_ref().is_none_or(|op| op == spec.name || *op == spec.id());
         let by_op: Vec<_> = kernels.filter(|(spec, _)| of_op(spec)).collect();
         if by_op.is_empty() {

@@ -4,8 +4,10 @@
 //! [`Device`] runs unchanged on every kind.
 
 pub mod cpu;
+pub mod ptx_sim;
 
 use crate::op::{Caps, Dims, Kernel, OpSpec, Role};
+use crate::tensor::Dtype;
 use memmap2::Mmap;
 use std::any::Any;
 use std::ops::Range;
@@ -138,9 +140,9 @@ pub trait Device: Send + Sync {
     fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64>;
 }
 
-/// Queues the fastest kernel of `spec` that this device runs.
+/// Queues the fastest kernel of `spec` with f32 activations that this device runs.
 pub fn run(device: &dyn Device, spec: &OpSpec, args: &[&Buffer], dims: &Dims) -> Result<()> {
-    match spec.choose(dims, device.caps()) {
+    match spec.choose(dims, Dtype::F32, device.caps()) {
         Some(kernel) => device.launch(spec, kernel, args, dims),
         None => Err(Error::Unsupported { op: spec.id(), dims: dims.to_string(), device: device.id().to_string() }),
     }
@@ -168,10 +170,11 @@ pub fn check_launch(spec: &OpSpec, kernel: &Kernel, args: &[&Buffer], dims: &Dim
     Ok(())
 }
 
-/// Opens a device by its id: `cpu`, or `auto` for the best there is.
+/// Opens a device by its id: `cpu`, `ptx-sim`, or `auto` for the best there is.
 pub fn open(id: &str) -> Result<Arc<dyn Device>> {
     match id {
         "cpu" | "auto" => Ok(Arc::new(cpu::Cpu::new())),
+        "ptx-sim" => Ok(Arc::new(ptx_sim::PtxSim::new())),
         _ => Err(Error::Unavailable {
             device: id.to_string(),
             reason: "not a device of this build; `handmill doctor` lists what there is".to_string(),

@@ -26,14 +26,20 @@ pub static ADD: OpSpec = OpSpec {
         case(&[65, 257], "more than one chunk, the last one short"),
         case(&[128, 576], "SmolLM2-135M"),
     ],
-    kernels: &[Kernel {
-        stem: "add_f32_chunks",
-        source: Source::Rust(chunks),
-        act: Dtype::F32,
-        launch: no_grid,
-        supports: always,
-    }],
+    kernels: &[CPU, PTX, WGSL],
 };
+
+const CPU: &[Kernel] = &[Kernel {
+    stem: "add_f32_chunks",
+    source: Source::Rust(chunks),
+    act: Dtype::F32,
+    launch: no_grid,
+    supports: always,
+}];
+
+const PTX: &[Kernel] = &[];
+
+const WGSL: &[Kernel] = &[];
 
 /// The definition.
 fn oracle(_: &Dims, args: &[HostTensor]) -> Vec<Expected> {

@@ -57,31 +57,33 @@ pub static ATTENTION: OpSpec = OpSpec {
         case_with(&[128, 12, 12, 32, 128], &[0.177], "MiniLM"),
         case_with(&[128, 9, 3, 64, 257], &[0.125], "SmolLM2-135M"),
     ],
-    kernels: &[
-        rung("attention_f32_naive", naive, always),
-        rung("attention_f32_tiled", |d, args| tiled::launch(d, args, tiled::portable), always),
-        #[cfg(target_arch = "x86_64")]
-        rung(
-            "attention_f32_tiled_avx2",
-            |d, args| tiled::launch(d, args, tiled::avx2),
-            |_, caps| caps.simd >= Simd::Avx2,
-        ),
-        // With fewer lanes most of a block would be idle.
-        #[cfg(target_arch = "x86_64")]
-        rung(
-            "attention_f32_tiled_avx512",
-            |d, args| tiled::launch(d, args, tiled::avx512),
-            |d, caps| caps.simd >= Simd::Avx512 && d["M"] * (d["H"] / d["KV"]) > 48,
-        ),
-        rung("attention_f32_decode", |d, args| decode::launch(d, args, decode::portable), |d, _| d["M"] <= 2),
-        #[cfg(target_arch = "x86_64")]
-        rung(
-            "attention_f32_decode_avx2",
-            |d, args| decode::launch(d, args, decode::avx2),
-            |d, caps| caps.simd >= Simd::Avx2 && d["M"] <= 2,
-        ),
-    ],
+    kernels: &[CPU, PTX, WGSL],
 };
+
+const CPU: &[Kernel] = &[
+    rung("attention_f32_naive", naive, always),
+    rung("attention_f32_tiled", |d, args| tiled::launch(d, args, tiled::portable), always),
+    #[cfg(target_arch = "x86_64")]
+    rung("attention_f32_tiled_avx2", |d, args| tiled::launch(d, args, tiled::avx2), |_, caps| caps.simd >= Simd::Avx2),
+    // With fewer lanes most of a block would be idle.
+    #[cfg(target_arch = "x86_64")]
+    rung(
+        "attention_f32_tiled_avx512",
+        |d, args| tiled::launch(d, args, tiled::avx512),
+        |d, caps| caps.simd >= Simd::Avx512 && d["M"] * (d["H"] / d["KV"]) > 48,
+    ),
+    rung("attention_f32_decode", |d, args| decode::launch(d, args, decode::portable), |d, _| d["M"] <= 2),
+    #[cfg(target_arch = "x86_64")]
+    rung(
+        "attention_f32_decode_avx2",
+        |d, args| decode::launch(d, args, decode::avx2),
+        |d, caps| caps.simd >= Simd::Avx2 && d["M"] <= 2,
+    ),
+];
+
+const PTX: &[Kernel] = &[];
+
+const WGSL: &[Kernel] = &[];
 
 /// A kernel of this table: Rust, f32.
 const fn rung(stem: &'static str, body: fn(&Dims, &mut [Slice<'_>]), supports: fn(&Dims, &Caps) -> bool) -> Kernel {

@@ -3,6 +3,9 @@
 //! W holds the rows of tokens N0.. of a table that may be split by rows; a token of another shard leaves its row of y
 //! as it is, so the shards' launches fill y between them.
 
+mod ptx;
+mod wgsl;
+
 use super::vector::{Body, Vector};
 use super::weights::*;
 use crate::op::*;
@@ -53,7 +56,7 @@ const NF4_CASES: &[Case] = &[
 
 /// The spec, the oracle and the cost of one format: the word stands here once.
 macro_rules! embedding {
-    ($spec:ident, $word:literal, $dims:expr, [$($part:expr),*], $cases:expr) => {
+    ($spec:ident, $word:literal, $dims:expr, [$($part:expr),*], $cases:expr, $ptx:expr, $wgsl:expr) => {
         #[doc = concat!("`embedding` from a table in ", $word, ".")]
         pub static $spec: OpSpec = OpSpec {
             name: "embedding",
@@ -71,29 +74,43 @@ macro_rules! embedding {
                       an affine weight counts with |scale·code| + |min|",
             },
             cases: $cases,
-            kernels: &[Kernel {
-                stem: concat!("embedding_", $word, "_rows"),
-                source: Source::Rust(|d, args| rows($word, d, args)),
-                act: Dtype::F32,
-                launch: no_grid,
-                supports: always,
-            }],
+            kernels: &[
+                &[Kernel {
+                    stem: concat!("embedding_", $word, "_rows"),
+                    source: Source::Rust(|d, args| rows($word, d, args)),
+                    act: Dtype::F32,
+                    launch: no_grid,
+                    supports: always,
+                }],
+                $ptx,
+                $wgsl,
+            ],
         };
     };
 }
 
-embedding!(EMBEDDING_F32, "f32", PLAIN_DIMS, [W_F32], PLAIN_CASES);
-embedding!(EMBEDDING_F16, "f16", PLAIN_DIMS, [W_F16], PLAIN_CASES);
-embedding!(EMBEDDING_BF16, "bf16", PLAIN_DIMS, [W_BF16], PLAIN_CASES);
-embedding!(EMBEDDING_Q4, "q4", Q4_DIMS, [CODES_4BIT, SCALES, MINS], Q4_CASES);
-embedding!(EMBEDDING_Q8, "q8", Q8_DIMS, [CODES_I8, SCALES, MINS_IF_AFFINE], Q8_CASES);
-embedding!(EMBEDDING_NF4, "nf4", PLAIN_DIMS, [CODES_4BIT, ABSMAX], NF4_CASES);
+embedding!(EMBEDDING_F32, "f32", PLAIN_DIMS, [W_F32], PLAIN_CASES, ptx::KERNELS_F32, wgsl::KERNELS_F32);
+embedding!(EMBEDDING_F16, "f16", PLAIN_DIMS, [W_F16], PLAIN_CASES, ptx::KERNELS_F16, wgsl::KERNELS_F16);
+embedding!(EMBEDDING_BF16, "bf16", PLAIN_DIMS, [W_BF16], PLAIN_CASES, ptx::KERNELS_BF16, wgsl::KERNELS_BF16);
+embedding!(EMBEDDING_Q4, "q4", Q4_DIMS, [CODES_4BIT, SCALES, MINS], Q4_CASES, ptx::KERNELS_Q4, wgsl::KERNELS_Q4);
+embedding!(
+    EMBEDDING_Q8,
+    "q8",
+    Q8_DIMS,
+    [CODES_I8, SCALES, MINS_IF_AFFINE],
+    Q8_CASES,
+    ptx::KERNELS_Q8,
+    wgsl::KERNELS_Q8
+);
+embedding!(EMBEDDING_NF4, "nf4", PLAIN_DIMS, [CODES_4BIT, ABSMAX], NF4_CASES, ptx::KERNELS_NF4, wgsl::KERNELS_NF4);
 embedding!(
     EMBEDDING_NF4DQ,
     "nf4dq",
     PLAIN_DIMS,
     [CODES_4BIT, ABSMAX_U8, ABSMAX_CODE, ABSMAX2, ABSMAX_OFFSET],
-    NF4_CASES
+    NF4_CASES,
+    ptx::KERNELS_NF4DQ,
+    wgsl::KERNELS_NF4DQ
 );
 
 /// Row `id` − N0 where this shard has the token.

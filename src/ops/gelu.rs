@@ -30,24 +30,30 @@ pub static GELU: OpSpec = OpSpec {
         case(&[65, 257], "more than one chunk, the last one short"),
         case(&[128, 1536], "MiniLM"),
     ],
-    kernels: &[
-        Kernel {
-            stem: "gelu_f32_chunks",
-            source: Source::Rust(|d, args| in_chunks(d, args, gelu::<{ simd::FMA }>)),
-            act: Dtype::F32,
-            launch: no_grid,
-            supports: always,
-        },
-        #[cfg(target_arch = "x86_64")]
-        Kernel {
-            stem: "gelu_f32_chunks_avx2",
-            source: Source::Rust(|d, args| in_chunks(d, args, gelu_avx2)),
-            act: Dtype::F32,
-            launch: no_grid,
-            supports: |_, caps| caps.simd >= Simd::Avx2,
-        },
-    ],
+    kernels: &[CPU, PTX, WGSL],
 };
+
+const CPU: &[Kernel] = &[
+    Kernel {
+        stem: "gelu_f32_chunks",
+        source: Source::Rust(|d, args| in_chunks(d, args, gelu::<{ simd::FMA }>)),
+        act: Dtype::F32,
+        launch: no_grid,
+        supports: always,
+    },
+    #[cfg(target_arch = "x86_64")]
+    Kernel {
+        stem: "gelu_f32_chunks_avx2",
+        source: Source::Rust(|d, args| in_chunks(d, args, gelu_avx2)),
+        act: Dtype::F32,
+        launch: no_grid,
+        supports: |_, caps| caps.simd >= Simd::Avx2,
+    },
+];
+
+const PTX: &[Kernel] = &[];
+
+const WGSL: &[Kernel] = &[];
 
 /// The definition; 1 + erf as erfc(−x / √2), which keeps its digits where erf nears −1.
 fn oracle(_: &Dims, args: &[HostTensor]) -> Vec<Expected> {

@@ -37,14 +37,20 @@ pub static LAYERNORM: OpSpec = OpSpec {
         case_with(&[65, 257], &[1e-5], "more rows than a block, one past a power of two"),
         case_with(&[128, 384], &[1e-12], "MiniLM"),
     ],
-    kernels: &[Kernel {
-        stem: "layernorm_f32_rows",
-        source: Source::Rust(rows),
-        act: Dtype::F32,
-        launch: no_grid,
-        supports: always,
-    }],
+    kernels: &[CPU, PTX, WGSL],
 };
+
+const CPU: &[Kernel] = &[Kernel {
+    stem: "layernorm_f32_rows",
+    source: Source::Rust(rows),
+    act: Dtype::F32,
+    launch: no_grid,
+    supports: always,
+}];
+
+const PTX: &[Kernel] = &[];
+
+const WGSL: &[Kernel] = &[];
 
 /// Standard normal, every second row eight standard deviations off zero.
 fn rows_off_zero(d: &Dims, rng: &mut ChaCha8Rng) -> HostTensor {

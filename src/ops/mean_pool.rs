@@ -40,14 +40,20 @@ pub static MEAN_POOL: OpSpec = OpSpec {
         case(&[7, 257, 65], "spans of many lengths, one past a power of two"),
         case(&[8, 1024, 384], "MiniLM"),
     ],
-    kernels: &[Kernel {
-        stem: "mean_pool_f32_rows",
-        source: Source::Rust(rows),
-        act: Dtype::F32,
-        launch: no_grid,
-        supports: always,
-    }],
+    kernels: &[CPU, PTX, WGSL],
 };
+
+const CPU: &[Kernel] = &[Kernel {
+    stem: "mean_pool_f32_rows",
+    source: Source::Rust(rows),
+    act: Dtype::F32,
+    launch: no_grid,
+    supports: always,
+}];
+
+const PTX: &[Kernel] = &[];
+
+const WGSL: &[Kernel] = &[];
 
 /// The rows shared out among the sentences, each of which leaves some out as padding; of several the last is empty.
 fn sentences(d: &Dims, rng: &mut ChaCha8Rng) -> HostTensor {

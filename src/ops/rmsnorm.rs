@@ -30,14 +30,25 @@ pub static RMSNORM: OpSpec = OpSpec {
         case_with(&[65, 257], &[1e-5], "more rows than a block, one past a power of two"),
         case_with(&[128, 576], &[1e-5], "SmolLM2-135M"),
     ],
-    kernels: &[Kernel {
-        stem: "rmsnorm_f32_rows",
-        source: Source::Rust(rows),
-        act: Dtype::F32,
-        launch: no_grid,
-        supports: always,
-    }],
+    kernels: &[CPU, PTX, WGSL],
 };
+
+const CPU: &[Kernel] = &[Kernel {
+    stem: "rmsnorm_f32_rows",
+    source: Source::Rust(rows),
+    act: Dtype::F32,
+    launch: no_grid,
+    supports: always,
+}];
+
+const PTX: &[Kernel] = &[ptx!("rmsnorm_f32_warp", four_rows_a_block, always)];
+
+/// A block of 128 threads holds four warps, each warp one row.
+fn four_rows_a_block(d: &Dims) -> Launch {
+    Launch { grid: [d["M"].div_ceil(4) as u32, 1, 1], block: [128, 1, 1], shared_bytes: 0 }
+}
+
+const WGSL: &[Kernel] = &[];
 
 /// The pseudo-code made runnable: sums in f64, one row after another.
 fn oracle(d: &Dims, args: &[HostTensor]) -> Vec<Expected> {

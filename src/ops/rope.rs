@@ -48,14 +48,15 @@ pub static ROPE: OpSpec = OpSpec {
         case(&[257, 1, 32, 65], "more rows than positions"),
         case(&[128, 9, 64, 2048], "SmolLM2-135M"),
     ],
-    kernels: &[Kernel {
-        stem: "rope_f32_rows",
-        source: Source::Rust(rows),
-        act: Dtype::F32,
-        launch: no_grid,
-        supports: always,
-    }],
+    kernels: &[CPU, PTX, WGSL],
 };
+
+const CPU: &[Kernel] =
+    &[Kernel { stem: "rope_f32_rows", source: Source::Rust(rows), act: Dtype::F32, launch: no_grid, supports: always }];
+
+const PTX: &[Kernel] = &[];
+
+const WGSL: &[Kernel] = &[];
 
 /// How a model's context was stretched beyond the one it was trained with.
 #[derive(Clone, Debug, PartialEq)]

@@ -35,24 +35,30 @@ pub static SWIGLU: OpSpec = OpSpec {
         case(&[65, 257], "more than one chunk, the last one short"),
         case(&[128, 1536], "SmolLM2-135M"),
     ],
-    kernels: &[
-        Kernel {
-            stem: "swiglu_f32_chunks",
-            source: Source::Rust(|d, args| in_chunks(d, args, swiglu::<{ simd::FMA }>)),
-            act: Dtype::F32,
-            launch: no_grid,
-            supports: always,
-        },
-        #[cfg(target_arch = "x86_64")]
-        Kernel {
-            stem: "swiglu_f32_chunks_avx2",
-            source: Source::Rust(|d, args| in_chunks(d, args, swiglu_avx2)),
-            act: Dtype::F32,
-            launch: no_grid,
-            supports: |_, caps| caps.simd >= Simd::Avx2,
-        },
-    ],
+    kernels: &[CPU, PTX, WGSL],
 };
+
+const CPU: &[Kernel] = &[
+    Kernel {
+        stem: "swiglu_f32_chunks",
+        source: Source::Rust(|d, args| in_chunks(d, args, swiglu::<{ simd::FMA }>)),
+        act: Dtype::F32,
+        launch: no_grid,
+        supports: always,
+    },
+    #[cfg(target_arch = "x86_64")]
+    Kernel {
+        stem: "swiglu_f32_chunks_avx2",
+        source: Source::Rust(|d, args| in_chunks(d, args, swiglu_avx2)),
+        act: Dtype::F32,
+        launch: no_grid,
+        supports: |_, caps| caps.simd >= Simd::Avx2,
+    },
+];
+
+const PTX: &[Kernel] = &[];
+
+const WGSL: &[Kernel] = &[];
 
 /// Normal of standard deviation 1, 5 and 40 in turn, no farther than 100 from zero: sigmoid's slope and both its ends.
 fn gates_near_and_far(d: &Dims, rng: &mut ChaCha8Rng) -> HostTensor {

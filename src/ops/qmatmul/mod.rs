@@ -5,6 +5,8 @@
 //! share one y. S = x·Aᵀ is `lora_shrink`'s; with it the low-rank term costs no pass over y of its own.
 
 mod cpu;
+mod ptx;
+mod wgsl;
 
 use super::weights::*;
 use crate::op::*;
@@ -18,7 +20,8 @@ const X: Arg = input("x", ArgType::Act, &["M", "K"], Fill::Normal);
 const BIAS: Arg = input("bias", ArgType::Is(Dtype::F32), &["BIAS*N"], Fill::Normal);
 const LORA_S: Arg = input("lora_s", ArgType::Is(Dtype::F32), &["M", "R"], Fill::Normal);
 const LORA_B: Arg = input("lora_b", ArgType::Is(Dtype::F32), &["N", "R"], Fill::Normal);
-const Y: Arg = output("y", ArgType::Act, &["M", "LDY"]);
+// The sums are f32 whatever x is, and leave unrounded.
+const Y: Arg = output("y", ArgType::Is(Dtype::F32), &["M", "LDY"]);
 
 const TOLERANCE: Tolerance = Tolerance {
     roundings: |d| ((d["K"] + d["R"]) as f64).sqrt() + 6.0,
@@ -36,7 +39,7 @@ const fn spec(
     oracle: fn(&Dims, &[HostTensor]) -> Vec<Expected>,
     cost: fn(&Dims) -> Cost,
     cases: &'static [Case],
-    kernels: &'static [Kernel],
+    kernels: &'static [&'static [Kernel]],
 ) -> OpSpec {
     OpSpec {
         name: "qmatmul",
@@ -105,19 +108,61 @@ macro_rules! qmatmul {
     };
 }
 
-qmatmul!(QMATMUL_F32, "f32", PLAIN_DIMS, [W_F32], PLAIN_CASES, cpu::KERNELS_F32);
-qmatmul!(QMATMUL_F16, "f16", PLAIN_DIMS, [W_F16], PLAIN_CASES, cpu::KERNELS_F16);
-qmatmul!(QMATMUL_BF16, "bf16", PLAIN_DIMS, [W_BF16], PLAIN_CASES, cpu::KERNELS_BF16);
-qmatmul!(QMATMUL_Q4, "q4", Q4_DIMS, [CODES_4BIT, SCALES, MINS], Q4_CASES, cpu::KERNELS_Q4);
-qmatmul!(QMATMUL_Q8, "q8", Q8_DIMS, [CODES_I8, SCALES, MINS_IF_AFFINE], Q8_CASES, cpu::KERNELS_Q8);
-qmatmul!(QMATMUL_NF4, "nf4", PLAIN_DIMS, [CODES_4BIT, ABSMAX], NF4_CASES, cpu::KERNELS_NF4);
+qmatmul!(
+    QMATMUL_F32,
+    "f32",
+    PLAIN_DIMS,
+    [W_F32],
+    PLAIN_CASES,
+    &[cpu::KERNELS_F32, ptx::KERNELS_F32, wgsl::KERNELS_F32]
+);
+qmatmul!(
+    QMATMUL_F16,
+    "f16",
+    PLAIN_DIMS,
+    [W_F16],
+    PLAIN_CASES,
+    &[cpu::KERNELS_F16, ptx::KERNELS_F16, wgsl::KERNELS_F16]
+);
+qmatmul!(
+    QMATMUL_BF16,
+    "bf16",
+    PLAIN_DIMS,
+    [W_BF16],
+    PLAIN_CASES,
+    &[cpu::KERNELS_BF16, ptx::KERNELS_BF16, wgsl::KERNELS_BF16]
+);
+qmatmul!(
+    QMATMUL_Q4,
+    "q4",
+    Q4_DIMS,
+    [CODES_4BIT, SCALES, MINS],
+    Q4_CASES,
+    &[cpu::KERNELS_Q4, ptx::KERNELS_Q4, wgsl::KERNELS_Q4]
+);
+qmatmul!(
+    QMATMUL_Q8,
+    "q8",
+    Q8_DIMS,
+    [CODES_I8, SCALES, MINS_IF_AFFINE],
+    Q8_CASES,
+    &[cpu::KERNELS_Q8, ptx::KERNELS_Q8, wgsl::KERNELS_Q8]
+);
+qmatmul!(
+    QMATMUL_NF4,
+    "nf4",
+    PLAIN_DIMS,
+    [CODES_4BIT, ABSMAX],
+    NF4_CASES,
+    &[cpu::KERNELS_NF4, ptx::KERNELS_NF4, wgsl::KERNELS_NF4]
+);
 qmatmul!(
     QMATMUL_NF4DQ,
     "nf4dq",
     PLAIN_DIMS,
     [CODES_4BIT, ABSMAX_U8, ABSMAX_CODE, ABSMAX2, ABSMAX_OFFSET],
     NF4_CASES,
-    cpu::KERNELS_NF4DQ
+    &[cpu::KERNELS_NF4DQ, ptx::KERNELS_NF4DQ, wgsl::KERNELS_NF4DQ]
 );
 
 /// The pseudo-code made runnable.
