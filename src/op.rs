@@ -6,6 +6,7 @@
 
 use crate::tensor::{Dtype, HostTensor};
 use rand_chacha::ChaCha8Rng;
+use std::borrow::Cow;
 
 /// Bytes of the params block that ends every kernel's arguments.
 pub const PARAMS_BYTES: usize = 64;
@@ -165,10 +166,34 @@ pub struct Kernel {
 pub enum Source {
     /// For the CPU device: the params and one slice an argument.
     Rust(fn(&Dims, &mut [Slice<'_>])),
-    /// For wgpu.
-    Wgsl(&'static str),
+    /// For wgpu: the kernel, then the parts it shares with others, to be joined in this order.
+    Wgsl(&'static [File]),
     /// For CUDA and its executor on the CPU.
-    Ptx(&'static str),
+    Ptx(File),
+}
+
+/// A source file of this crate.
+#[derive(Clone, Copy, Debug)]
+pub struct File {
+    /// From the crate's root, such as `kernels/rmsnorm_f32_warp.ptx`.
+    pub path: &'static str,
+    /// As it was when the crate was built.
+    pub text: &'static str,
+}
+
+impl File {
+    /// The text, read anew from below the folder that the environment variable `HANDMILL_SOURCES` names, if it is set:
+    /// whoever writes a kernel need not build the crate for each change of it.
+    pub fn read(&self) -> std::io::Result<Cow<'static, str>> {
+        match std::env::var_os("HANDMILL_SOURCES") {
+            None => Ok(Cow::Borrowed(self.text)),
+            Some(root) => {
+                let path = std::path::Path::new(&root).join(self.path);
+                let named = |error| std::io::Error::other(format!("{} (HANDMILL_SOURCES): {error}", path.display()));
+                Ok(Cow::Owned(std::fs::read_to_string(&path).map_err(named)?))
+            }
+        }
+    }
 }
 
 /// An argument as a Rust kernel sees it: exactly the bytes of its shape.
@@ -218,17 +243,19 @@ pub struct Launch {
     pub shared_bytes: u32,
 }
 
+/// A file below the crate's root.
+macro_rules! file {
+    ($path:expr) => {
+        $crate::op::File { path: $path, text: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/", $path)) }
+    };
+}
+
 /// A PTX kernel with f32 activations; its stem names its file and its entry.
 macro_rules! ptx {
     ($stem:literal, $launch:expr, $supports:expr) => {
         $crate::op::Kernel {
             stem: $stem,
-            source: $crate::op::Source::Ptx(include_str!(concat!(
-                env!("CARGO_MANIFEST_DIR"),
-                "/kernels/",
-                $stem,
-                ".ptx"
-            ))),
+            source: $crate::op::Source::Ptx($crate::op::file!(concat!("kernels/", $stem, ".ptx"))),
             act: $crate::tensor::Dtype::F32,
             launch: $launch,
             supports: $supports,
@@ -236,26 +263,26 @@ macro_rules! ptx {
     };
 }
 
-/// A WGSL kernel with f32 activations; its stem names its file and its entry. Parts that several kernels share, such as the decoding of
-/// a format, are appended, so that the lines of messages are the file's.
+/// A WGSL kernel with f32 activations: its stem names its file and its entry; files that it shares with others follow,
+/// so that the lines in messages about the kernel are its file's.
 #[allow(unused_macros)]
 macro_rules! wgsl {
     ($stem:literal $(+ $part:literal)*, $launch:expr, $supports:expr) => {
         $crate::op::Kernel {
             stem: $stem,
-            source: $crate::op::Source::Wgsl(concat!(
-                include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/", $stem, ".wgsl")),
-                $(include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/", $part, ".wgsl")),)*
-            )),
+            source: $crate::op::Source::Wgsl(&[
+                $crate::op::file!(concat!("shaders/", $stem, ".wgsl")),
+                $($crate::op::file!(concat!("shaders/", $part, ".wgsl")),)*
+            ]),
             act: $crate::tensor::Dtype::F32,
             launch: $launch,
             supports: $supports,
         }
     };
 }
-pub(crate) use ptx;
 #[allow(unused_imports)]
 pub(crate) use wgsl;
+pub(crate) use {file, ptx};
 
 /// For Rust kernels.
 pub fn no_grid(_: &Dims) -> Launch {

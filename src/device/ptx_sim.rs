@@ -120,7 +120,7 @@ impl Device for PtxSim {
 
     fn launch(&self, spec: &OpSpec, kernel: &'static Kernel, args: &[&Buffer], dims: &Dims) -> Result<()> {
         check_launch(spec, kernel, args, dims)?;
-        let Source::Ptx(source) = kernel.source else { return Err(invalid(kernel.stem, "not a kernel in PTX")) };
+        let Source::Ptx(file) = kernel.source else { return Err(invalid(kernel.stem, "not a kernel in PTX")) };
         let what = || format!("{} ({dims})", kernel.stem);
         let mut params = Vec::with_capacity(args.len() + 1);
         for buffer in args {
@@ -132,8 +132,8 @@ impl Device for PtxSim {
         let module = match modules.get(kernel.stem) {
             Some(module) => module.clone(),
             None => {
-                let name = format!("kernels/{}.ptx", kernel.stem);
-                let module = Module::parse(source, &name).map_err(|error| invalid(kernel.stem, error))?;
+                let source = file.read().map_err(|error| invalid(kernel.stem, error))?;
+                let module = Module::parse(&source, file.path).map_err(|error| invalid(kernel.stem, error))?;
                 modules.entry(kernel.stem).or_insert(module).clone()
             }
         };
