@@ -1,5 +1,8 @@
 //! The devices that run PTX: what they refuse, what they find, and that the driver's side of a launch is right.
 
+#[cfg(target_os = "linux")] // where a driver can be put in the place of the one that is there
+#[path = "device/cuda.rs"]
+mod cuda;
 #[path = "device/ptx_sim.rs"]
 mod ptx_sim;
 

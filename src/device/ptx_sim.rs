@@ -2,7 +2,7 @@
 //! launch.
 
 use super::ptx::{copy_ranges, invalid, range, work, Work};
-use super::{Buffer, Device, Error, Result};
+use super::{Buffer, Device, Error, Listed, Result};
 use crate::op::{Caps, DeviceKind, Dims, Kernel, OpSpec, Simd};
 use ptx_sim::{BufferId, Entry, Finding, Memory, Module, Options, Param, Report};
 use std::collections::HashMap;
@@ -112,6 +112,12 @@ impl PtxSim {
         let shared_bytes = entry.static_shared + shared_bytes;
         Ok(Some(Ran { report, entry, grid, block, shared_bytes }))
     }
+}
+
+/// The executor for a list of devices.
+pub fn list() -> Vec<Listed> {
+    let name = PtxSim::new().description();
+    vec![Listed { id: "ptx-sim".into(), kind: DeviceKind::PtxSim, name, software: true, reason: None }]
 }
 
 /// Findings for a message: the first few, each with kernel, line, block, warp and lane.
