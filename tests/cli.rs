@@ -3,6 +3,8 @@
 
 #[path = "cli/quantize.rs"]
 mod quantize;
+#[path = "cli/sim.rs"]
+mod sim;
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -261,6 +263,14 @@ fn bad_input_is_told_in_words_with_the_right_exit_code() {
         (&["verify", "--kernel", "sorting"], 2, &["sorting", "rmsnorm_f32"]),
         (&["verify", "--device", "abacus"], 1, &["abacus"]),
         (&["doctor", "--device", "abacus"], 1, &["abacus"]),
+        (&["sim", "sorting"], 2, &["sorting does not exist", "rmsnorm_f32_warp"]),
+        (&["sim", "rmsnorm_f32_rows"], 2, &["rmsnorm_f32_rows is not in PTX"]),
+        (&["sim", "rmsnorm_f32_warp", "--dim", "K"], 2, &["--dim K", "NAME=VALUE"]),
+        (&["sim", "rmsnorm_f32_warp", "--dim", "Q=1"], 2, &["--dim Q=1", "M, K, eps"]),
+        (&["sim", "rmsnorm_f32_warp", "--dim", "K=0"], 2, &["K is from 1 to 1048576"]),
+        (&["sim", "rmsnorm_f32_warp", "--dim", "eps=small"], 2, &["eps is a number"]),
+        (&["sim", "rmsnorm_f32_warp", "--dim", "M=1000000", "--dim", "K=1000000"], 2, &["at most 1.07 GB"]),
+        (&["sim", "rmsnorm_f32_warp", "--trace", "32,0"], 2, &["--trace 32,0", "32 blocks of 4 warps"]),
         (&["frobnicate"], 2, &["frobnicate"]),
         (&[], 2, &["Usage"]),
     ];

@@ -5,6 +5,8 @@ mod embed;
 mod eval;
 mod generate;
 mod quantize;
+mod sim;
+mod sim_trace;
 mod verify;
 
 use std::io::{self, Write};
@@ -36,6 +38,7 @@ struct Cli {
 enum Command {
     Doctor(doctor::Doctor),
     Verify(verify::Verify),
+    Sim(sim::Sim),
     Generate(generate::Generate),
     Eval(eval::Eval),
     Embed(embed::Embed),
@@ -77,6 +80,7 @@ pub fn main() -> ExitCode {
     let result = match cli.command {
         Command::Doctor(command) => command.run(),
         Command::Verify(command) => command.run(),
+        Command::Sim(command) => command.run(),
         Command::Generate(command) => command.run(),
         Command::Eval(command) => command.run(),
         Command::Embed(command) => command.run(),

@@ -13,7 +13,7 @@ use crate::inst::{Constant, Inst, Op, PredOp, Program, Uses, NONE};
 use crate::lanes::has_avx2;
 use crate::launch::Bank;
 use crate::memory::{View, POISON};
-use crate::trace::{TraceStep, TraceWarp};
+use crate::trace::{TraceStep, TraceWarp, Traced};
 use crate::warp::{pack, unpack, State, Warp};
 
 /// Instructions that a warp may run before the next warp has its turn.
@@ -514,7 +514,6 @@ impl<'a> Machine<'a> {
     #[cold]
     fn trace_results(&mut self, w: &Warp) {
         let Some(step) = self.trace.last_mut() else { return };
-        let Some(lane) = self.ctx.trace.as_ref().map(|t| t.lane as usize % 32) else { return };
         if !step.open || step.pc != w.pc {
             return;
         }
@@ -522,12 +521,12 @@ impl<'a> Machine<'a> {
         let program = self.ctx.program;
         for &slot in &program.uses[w.pc as usize].writes {
             let Some((place, name, ty)) = program.slot(slot) else { continue };
-            let value = match ty.bytes() {
-                0 => u64::from(w.preds[place as usize] >> lane & 1),
-                8 => w.u64s(place)[lane],
-                _ => u64::from(w.u32s(place)[lane]),
+            let bits = match ty.bytes() {
+                0 => std::array::from_fn(|lane| u64::from(w.preds[place as usize] >> lane & 1)),
+                8 => *w.u64s(place),
+                _ => w.u32s(place).map(u64::from),
             };
-            step.results.push((name.to_string(), value));
+            step.results.push(Traced { name: name.to_string(), ty: ty.name(), bits });
         }
     }
 }

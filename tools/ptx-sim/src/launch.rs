@@ -111,6 +111,8 @@ pub struct Report {
     pub findings: Vec<Finding>,
     /// What it did.
     pub counts: Counts,
+    /// Each parameter's address; 0 for those that are none.
+    pub addresses: Vec<u64>,
     /// Bytes of each parameter's buffer, when counted; zeros for parameters that are none.
     pub params: Vec<BufferCount>,
     /// The traced warp's instructions.
@@ -271,6 +273,7 @@ pub fn launch(
         step_limit: options.step_limit,
     };
     let mut report = run_grid(&ctx, blocks as u64, options)?;
+    report.addresses = placed.iter().map(|at| at.map_or(0, |(_, address)| address)).collect();
     if options.count {
         let of = |at: &Option<(usize, u64)>| at.map_or(BufferCount::default(), |(view, _)| report.counts.buffers[view]);
         report.params = placed.iter().map(of).collect();

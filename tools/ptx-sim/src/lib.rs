@@ -80,4 +80,4 @@ pub use error::{Error, Place};
 pub use launch::{launch, shared_limit, Entry, Launch, Module, Options, Param, Report};
 pub use memory::{BufferId, Memory};
 pub use mutate::{mutants, Mutant};
-pub use trace::{TraceStep, TraceWarp};
+pub use trace::{TraceStep, TraceWarp, Traced};

@@ -7,8 +7,6 @@ pub struct TraceWarp {
     pub block: [u32; 3],
     /// Warp within the block.
     pub warp: u32,
-    /// The lane whose results are kept.
-    pub lane: u32,
     /// At most this many instructions.
     pub steps: usize,
 }
@@ -22,8 +20,19 @@ pub struct TraceStep {
     pub text: String,
     /// Lanes that ran it.
     pub lanes: u32,
-    /// Registers written and their bits in the traced lane (predicates 0 or 1).
-    pub results: Vec<(String, u64)>,
+    /// Registers written.
+    pub results: Vec<Traced>,
     pub(crate) pc: u32,
     pub(crate) open: bool,
+}
+
+/// A register after the instruction that wrote it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Traced {
+    /// Its name.
+    pub name: String,
+    /// Its type as declared, such as `f32` or `pred`.
+    pub ty: &'static str,
+    /// Its bits in each lane (predicates 0 or 1); old ones where the lane did not run.
+    pub bits: [u64; 32],
 }

@@ -189,14 +189,16 @@ fn warps_pass_a_value_round_by_spinning() {
 fn traces_are_annotated() {
     let source =
         kernel(1, "mov.u32 %r0, %laneid; // first\nadd.u32 %r1, %r0, 5; // second\nsetp.gt.u32 %p0, %r1, 9;\nret;");
-    let trace = Some(ptx_sim::TraceWarp { block: [1, 0, 0], warp: 0, lane: 6, steps: 100 });
+    let trace = Some(ptx_sim::TraceWarp { block: [1, 0, 0], warp: 0, steps: 100 });
     let options = ptx_sim::Options { trace, ..checked() };
     let ran = run_with(&source, [2, 1, 1], [32, 1, 1], 0, &[Buf::Out(4)], &[], &options).unwrap();
     let steps = &ran.report.trace;
     assert_eq!(steps.len(), 5);
     assert!(steps[1].text.contains("// first") && steps[2].text.contains("// second"));
-    assert_eq!(steps[2].results, [("%r1".to_string(), 11)]);
-    assert_eq!(steps[3].results, [("%p0".to_string(), 1)]);
+    let [second] = &steps[2].results[..] else { panic!("one register") };
+    assert_eq!((second.name.as_str(), second.ty, second.bits[6], second.bits[31]), ("%r1", "b32", 11, 36));
+    let [third] = &steps[3].results[..] else { panic!("one predicate") };
+    assert_eq!((third.name.as_str(), third.ty, third.bits[4], third.bits[5]), ("%p0", "pred", 0, 1));
     assert_eq!(steps[1].line, common::line_of(&source, "// first"));
     assert_eq!(steps[4].lanes, u32::MAX);
 }
