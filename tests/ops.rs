@@ -1,6 +1,8 @@
 //! Devices × ops × kernels × cases: every kernel of the table against its oracle, one test each.
+//!
+//! The devices are those that need no hardware; `HANDMILL_TEST_DEVICE=cuda` runs the same tests on that device instead.
 
-use handmill::device::{cpu::Cpu, ptx_sim::PtxSim, Device};
+use handmill::device::{self, cpu::Cpu, Device};
 use handmill::op::{Case, DeviceKind, Kernel, OpSpec, Simd};
 use handmill::tensor::Dtype;
 use handmill::{ops::OPS, verify};
@@ -10,7 +12,12 @@ use std::sync::Arc;
 const SEED: u64 = 1;
 
 fn main() {
-    let devices: Vec<Arc<dyn Device>> = vec![Arc::new(Cpu::new()), Arc::new(PtxSim::new())];
+    let ids = match std::env::var("HANDMILL_TEST_DEVICE") {
+        Ok(id) => vec![id],
+        Err(_) => vec!["cpu".to_string(), "ptx-sim".to_string()],
+    };
+    let open = |id: &String| device::open(id).unwrap_or_else(|error| panic!("{error}"));
+    let devices: Vec<Arc<dyn Device>> = ids.iter().map(open).collect();
     let mut trials = Vec::new();
     for device in &devices {
         for spec in OPS {

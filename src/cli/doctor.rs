@@ -1,11 +1,12 @@
 //! `handmill doctor`: what this machine offers, measured.
 
 use std::io::{self, Write};
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Result;
 use clap::Args;
-use handmill::device::{self, Device};
+use handmill::device::{self, Device, Listed};
 use handmill::op::{DeviceKind, Simd};
 use handmill::ops::OPS;
 use handmill::tensor::Dtype;
@@ -14,8 +15,6 @@ use serde_json::json;
 
 use super::{print_json, Common};
 
-/// Every device of this build, the first that is available being what `auto` takes.
-pub const DEVICES: [&str; 2] = ["cpu", "ptx-sim"];
 /// How long a measurement takes, in seconds.
 const LONG_ENOUGH: f64 = 0.3;
 /// Bytes of a buffer that is copied: far more than caches hold.
@@ -26,7 +25,9 @@ const MATMUL: usize = 1024;
 /// Show the devices, how fast they copy and multiply, and which one is used
 ///
 /// Copy bandwidth counts bytes read and bytes written. The matmul peak is that of the fastest f32 kernel for
-/// 1024 x 1024 x 1024. Both are the best of a third of a second.
+/// 1024 x 1024 x 1024. Both are the best of a third of a second. Software that stands in for a GPU is not timed.
+/// With --json: devices, each with id, kind, name, software, available, reason, simd, sm, shared_bytes,
+/// copy_gb_per_s, matmul_gflop_per_s; auto and auto_reason.
 #[derive(Args)]
 pub struct Doctor {
     #[command(flatten)]
@@ -35,54 +36,65 @@ pub struct Doctor {
 
 /// A device as it is shown.
 struct Found {
-    id: String,
-    kind: &'static str,
-    /// The device, or why there is none.
-    device: std::result::Result<std::sync::Arc<dyn Device>, String>,
+    listed: Listed,
+    device: Option<Arc<dyn Device>>,
     copy: Option<f64>,
     matmul: Option<f64>,
 }
 
 impl Doctor {
     pub fn run(&self) -> Result<()> {
-        let chosen = self.common.open_device()?;
-        let shown = DEVICES.iter().filter(|&&id| self.common.device == "auto" || chosen.id() == id);
+        let (auto, why) = device::auto();
+        let wanted = self.common.device.as_str();
+        let mut listed = device::list();
+        if wanted != "auto" {
+            let id = device::open(wanted)?.id().to_string();
+            listed.retain(|entry| entry.id == id);
+        }
         let mut devices = Vec::new();
-        for &id in shown {
-            let device = device::open(id).map_err(|error| error.to_string());
-            let mut found = Found { id: id.to_string(), kind: kind(id), device, copy: None, matmul: None };
-            if let Ok(device) = &found.device {
-                let spinner = super::spinner(format!("measuring {id}"));
+        for mut listed in listed {
+            let device = match listed.reason {
+                Some(_) => None,
+                None => device::open(&listed.id).map_err(|error| listed.reason = Some(error.to_string())).ok(),
+            };
+            let mut found = Found { listed, device, copy: None, matmul: None };
+            if let (Some(device), false) = (&found.device, found.listed.software) {
+                let spinner = super::spinner(format!("measuring {}", found.listed.id));
                 found.copy = Some(copy_bandwidth(&**device)?);
                 found.matmul = matmul_peak(&**device)?;
                 spinner.finish_and_clear();
             }
             devices.push(found);
         }
-        let auto = device::open("auto")?;
-        let why = "it is the only device of this build";
         match self.common.json {
             true => print_json(&json!({
                 "version": env!("CARGO_PKG_VERSION"),
                 "devices": devices.iter().map(Found::json).collect::<Vec<_>>(),
-                "auto": auto.id(),
+                "auto": auto,
                 "auto_reason": why,
             })),
-            false => print(&devices, auto.id(), why),
+            false => print(&devices, &auto, &why),
         }
     }
 }
 
 impl Found {
+    fn name(&self) -> String {
+        self.device.as_ref().map_or(self.listed.name.clone(), |device| device.description())
+    }
+
     fn json(&self) -> serde_json::Value {
+        let caps = self.device.as_ref().map(|device| device.caps());
         json!({
-            "id": self.id,
-            "name": self.device.as_ref().map_or(String::new(), |device| device.description()),
-            "kind": self.kind,
-            "software": false,
-            "available": self.device.is_ok(),
-            "reason": self.device.as_ref().err(),
-            "simd": self.device.as_ref().map(|device| simd(device.caps().simd)).ok(),
+            "id": self.listed.id,
+            "name": self.name(),
+            "kind": self.listed.kind.name(),
+            "software": self.listed.software,
+            "available": self.device.is_some(),
+            "reason": self.listed.reason,
+            "simd": caps.filter(|caps| caps.kind == DeviceKind::Cpu).map(|caps| simd(caps.simd)),
+            "sm": caps.filter(|caps| caps.sm > 0).map(|caps| caps.sm),
+            "shared_bytes": caps.filter(|caps| caps.shared_bytes > 0).map(|caps| caps.shared_bytes),
             "copy_gb_per_s": self.copy,
             "matmul_gflop_per_s": self.matmul,
         })
@@ -94,23 +106,16 @@ fn print(devices: &[Found], auto: &str, why: &str) -> Result<()> {
     writeln!(out, "{:<8} {:<8} {:>10} {:>15}  description", "device", "kind", "copy GB/s", "matmul GFLOP/s")?;
     for found in devices {
         let number = |value: Option<f64>| value.map_or("-".to_string(), |value| format!("{value:.1}"));
-        let text = match &found.device {
-            Ok(device) => device.description(),
-            Err(reason) => format!("not available: {reason}"),
+        let software = if found.listed.software { " (software: correctness only)" } else { "" };
+        let text = match &found.listed.reason {
+            None => format!("{}{software}", found.name()),
+            Some(reason) => format!("not available: {reason}"),
         };
+        let (id, kind) = (&found.listed.id, found.listed.kind.name());
         let (copy, matmul) = (number(found.copy), number(found.matmul));
-        writeln!(out, "{:<8} {:<8} {copy:>10} {matmul:>15}  {text}", found.id, found.kind)?;
+        writeln!(out, "{id:<8} {kind:<8} {copy:>10} {matmul:>15}  {text}")?;
     }
     Ok(writeln!(out, "\n--device auto takes {auto}: {why}")?)
-}
-
-fn kind(id: &str) -> &'static str {
-    match id.split(':').next() {
-        Some("wgpu") => "wgpu",
-        Some("cuda") => "cuda",
-        Some("ptx-sim") => "ptx-sim",
-        _ => "cpu",
-    }
 }
 
 fn simd(simd: Simd) -> &'static str {

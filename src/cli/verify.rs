@@ -11,7 +11,6 @@ use handmill::ops::OPS;
 use handmill::verify::{self, Outcome};
 use serde_json::{json, Value};
 
-use super::doctor::DEVICES;
 use super::{note, progress, ChecksFailed, Common, Usage};
 
 /// Check every kernel on every case against its f64 oracle
@@ -53,8 +52,8 @@ impl Verify {
     pub fn run(&self) -> Result<()> {
         let selected = self.select()?;
         let ids = match self.common.device.as_str() {
-            "all" => DEVICES.to_vec(),
-            id => vec![id],
+            "all" => every_device(),
+            id => vec![id.to_string()],
         };
         let cases: usize = selected.iter().map(|(spec, _)| spec.cases.len()).sum();
         let bar = progress(cases * self.seeds as usize * ids.len(), "checks");
@@ -132,6 +131,15 @@ impl Verify {
         }
         Ok(found)
     }
+}
+
+/// The devices that can be used; the others are told of on stderr.
+fn every_device() -> Vec<String> {
+    let (usable, not): (Vec<_>, Vec<_>) = device::list().into_iter().partition(|device| device.reason.is_none());
+    for device in not {
+        note(&format!("{} is left out: {}", device.id, device.reason.unwrap_or_default()));
+    }
+    usable.into_iter().map(|device| device.id).collect()
 }
 
 /// One check as its JSON line, added to the kernel's row.

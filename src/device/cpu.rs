@@ -1,7 +1,7 @@
 //! The CPU device: always there. A launch runs at once, its kernel on as many threads as it sees fit, so order is the
 //! order of calls.
 
-use super::{check_launch, Buffer, Device, Error, Result};
+use super::{check_launch, Buffer, Device, Error, Listed, Result};
 use crate::op::{Caps, DeviceKind, Dims, Kernel, OpSpec, Role, Simd, Slice, Source};
 use crate::tensor::Bytes;
 use memmap2::Mmap;
@@ -59,6 +59,12 @@ impl Cpu {
         // A kernel that panicked leaves bytes behind, not a broken structure.
         self.queue.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
+}
+
+/// The CPU for a list of devices.
+pub fn list() -> Vec<Listed> {
+    let name = Cpu::new().description();
+    vec![Listed { id: "cpu".into(), kind: DeviceKind::Cpu, name, software: false, reason: None }]
 }
 
 /// Makes the calling thread one of rayon's. A launch from it then begins at once; from any other thread each launch

@@ -4,9 +4,11 @@
 //! [`Device`] runs unchanged on every kind.
 
 pub mod cpu;
+pub mod cuda;
+pub mod ptx;
 pub mod ptx_sim;
 
-use crate::op::{Caps, Dims, Kernel, OpSpec, Role};
+use crate::op::{Caps, DeviceKind, Dims, Kernel, OpSpec, Role};
 use crate::tensor::Dtype;
 use memmap2::Mmap;
 use std::any::Any;
@@ -170,14 +172,49 @@ pub fn check_launch(spec: &OpSpec, kernel: &Kernel, args: &[&Buffer], dims: &Dim
     Ok(())
 }
 
-/// Opens a device by its id: `cpu`, `ptx-sim`, or `auto` for the best there is.
-pub fn open(id: &str) -> Result<Arc<dyn Device>> {
-    match id {
-        "cpu" | "auto" => Ok(Arc::new(cpu::Cpu::new())),
-        "ptx-sim" => Ok(Arc::new(ptx_sim::PtxSim::new())),
-        _ => Err(Error::Unavailable {
-            device: id.to_string(),
-            reason: "not a device of this build; `handmill doctor` lists what there is".to_string(),
-        }),
+/// A device as a list shows it.
+#[derive(Clone, Debug)]
+pub struct Listed {
+    /// What [`open`] takes.
+    pub id: String,
+    /// Its kind.
+    pub kind: DeviceKind,
+    /// What a person calls it; empty where there is none.
+    pub name: String,
+    /// True where it runs on the CPU what is meant for a GPU: for correctness, not for speed.
+    pub software: bool,
+    /// Why it cannot be used and what to do; none where it can.
+    pub reason: Option<String>,
+}
+
+/// Every device of this build, or, of a kind that has none here, one entry that says why. Nothing is opened for long.
+pub fn list() -> Vec<Listed> {
+    [cpu::list(), cuda::list(), ptx_sim::list()].concat()
+}
+
+/// What `auto` takes, and why: a CUDA card, else the CPU. The executor only checks, and is never taken.
+pub fn auto() -> (String, String) {
+    let cards = cuda::list();
+    match cards.iter().find(|card| card.reason.is_none()) {
+        Some(card) => (card.id.clone(), format!("{} is the fastest kind of device here", card.name)),
+        None => {
+            let reasons: Vec<_> = cards.iter().map(|card| card.reason.clone().unwrap_or_default()).collect();
+            ("cpu".to_string(), format!("no GPU can be used; cuda: {}", reasons.join("; ")))
+        }
     }
+}
+
+/// Opens a device by its id: `cpu`, `cuda` (the first card), `cuda:1`, `ptx-sim`, or `auto` for the best there is.
+pub fn open(id: &str) -> Result<Arc<dyn Device>> {
+    let (kind, number) = id.split_once(':').unwrap_or((id, "0"));
+    Ok(match (kind, number.parse::<usize>()) {
+        _ if id == "auto" => return open(&auto().0),
+        _ if id == "cpu" => Arc::new(cpu::Cpu::new()),
+        _ if id == "ptx-sim" => Arc::new(ptx_sim::PtxSim::new()),
+        ("cuda", Ok(ordinal)) => Arc::new(cuda::Cuda::open(ordinal)?),
+        _ => {
+            let reason = "not a device of this build; `handmill doctor` lists what there is".to_string();
+            return Err(Error::Unavailable { device: id.to_string(), reason });
+        }
+    })
 }

@@ -1,12 +1,16 @@
 //! The `ptx-sim` device: the PTX kernels on the CPU, every access checked. A finding of the executor is an error of the
 //! launch.
 
-use super::{check_launch, Buffer, Device, Error, Result};
-use crate::op::{Caps, DeviceKind, Dims, Kernel, OpSpec, Simd, Source};
-use ptx_sim::{BufferId, Memory, Module, Options, Param};
+use super::ptx::{copy_ranges, invalid, range, work, Work};
+use super::{Buffer, Device, Error, Listed, Result};
+use crate::op::{Caps, DeviceKind, Dims, Kernel, OpSpec, Simd};
+use ptx_sim::{BufferId, Entry, Finding, Memory, Module, Options, Param, Report};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
+
+/// Findings that an error lists; the rest are counted.
+const LISTED: usize = 5;
 
 /// The executor and its memory.
 pub struct PtxSim {
@@ -18,6 +22,20 @@ pub struct PtxSim {
 struct State {
     memory: Memory,
     modules: HashMap<&'static str, Module>,
+}
+
+/// What a launch did, for whoever counts.
+pub struct Ran {
+    /// Counts, findings and trace.
+    pub report: Report,
+    /// Registers, shared memory and parameters of the kernel.
+    pub entry: Entry,
+    /// Blocks.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub block: [u32; 3],
+    /// Static and dynamic shared memory in bytes.
+    pub shared_bytes: u32,
 }
 
 /// A buffer's memory; freed when the last view of it goes.
@@ -45,35 +63,81 @@ impl Default for PtxSim {
 impl PtxSim {
     /// A device of compute capability 8.0.
     pub fn new() -> PtxSim {
+        PtxSim::with_sm(80)
+    }
+
+    /// A device of another compute capability (major·10 + minor), with its shared memory.
+    pub fn with_sm(sm: u32) -> PtxSim {
         let caps = Caps {
             kind: DeviceKind::PtxSim,
             simd: Simd::Portable,
-            sm: 80,
+            sm,
             f16: true,
             subgroup: (32, 32),
-            shared_bytes: 163 << 10,
+            shared_bytes: ptx_sim::shared_limit(sm),
             max_binding: 1 << 32,
             view_alignment: 256,
         };
         PtxSim { caps, state: Arc::default() }
     }
+
+    /// Runs a kernel as `options` say. Findings are not an error here but part of the report. None: every output is
+    /// empty, and nothing ran.
+    pub fn run(
+        &self,
+        spec: &OpSpec,
+        kernel: &'static Kernel,
+        args: &[&Buffer],
+        dims: &Dims,
+        options: &Options,
+    ) -> Result<Option<Ran>> {
+        let Some(work) = work(spec, kernel, args, dims, &self.caps)? else { return Ok(None) };
+        let Work { file, entry, grid, block, shared_bytes, ranges, params } = work;
+        let pointers = args.iter().zip(ranges).map(|(buffer, r)| Ok(Param::View(id_of(buffer)?, r.start, r.len())));
+        let params = pointers.chain([Ok(Param::Bytes(params.to_vec()))]).collect::<Result<Vec<_>>>()?;
+
+        let State { memory, modules } = &mut *lock(&self.state);
+        let module = match modules.get(entry) {
+            Some(module) => module.clone(),
+            None => {
+                let source = file.read().map_err(|error| invalid(entry, error))?;
+                let module = Module::parse(&source, file.path).map_err(|error| invalid(entry, error))?;
+                modules.entry(entry).or_insert(module).clone()
+            }
+        };
+        let launch = ptx_sim::Launch { grid, block, dynamic_shared: shared_bytes, params };
+        let report = ptx_sim::launch(&module, entry, memory, &launch, options)
+            .map_err(|error| invalid(&format!("{entry} ({dims})"), error))?;
+        let entry = module.entry(entry).expect("it ran").clone();
+        let shared_bytes = entry.static_shared + shared_bytes;
+        Ok(Some(Ran { report, entry, grid, block, shared_bytes }))
+    }
+}
+
+/// The executor for a list of devices.
+pub fn list() -> Vec<Listed> {
+    let name = PtxSim::new().description();
+    vec![Listed { id: "ptx-sim".into(), kind: DeviceKind::PtxSim, name, software: true, reason: None }]
+}
+
+/// Findings for a message: the first few, each with kernel, line, block, warp and lane.
+pub fn describe(findings: &[Finding]) -> String {
+    let mut text = match findings.len() {
+        1 => "1 finding".to_string(),
+        n => format!("{n} findings"),
+    };
+    for finding in findings.iter().take(LISTED) {
+        text += &format!("\n  {finding}");
+    }
+    if findings.len() > LISTED {
+        text += &format!("\n  and {} more", findings.len() - LISTED);
+    }
+    text
 }
 
 fn id_of(buffer: &Buffer) -> Result<BufferId> {
     let owned = buffer.memory::<Owned>();
     owned.map(|owned| owned.id).ok_or_else(|| invalid("ptx-sim", "a buffer of another device"))
-}
-
-fn invalid(what: &str, reason: impl ToString) -> Error {
-    Error::Invalid { what: what.to_string(), reason: reason.to_string() }
-}
-
-/// The bytes of a memory object that `offset..offset + bytes` of a buffer are.
-fn range(what: &str, buffer: &Buffer, offset: usize, bytes: usize) -> Result<std::ops::Range<usize>> {
-    match offset.checked_add(bytes) {
-        Some(end) if end <= buffer.bytes() => Ok(buffer.range().start + offset..buffer.range().start + end),
-        _ => Err(invalid(what, format!("bytes {offset}+{bytes} of a buffer of {} bytes", buffer.bytes()))),
-    }
 }
 
 impl Device for PtxSim {
@@ -113,38 +177,19 @@ impl Device for PtxSim {
     }
 
     fn copy(&self, from: &Buffer, from_offset: usize, to: &Buffer, to_offset: usize, bytes: usize) -> Result<()> {
+        copy_ranges(from, from_offset, to, to_offset, bytes)?;
         let mut bytes = vec![0; bytes];
         self.read(from, from_offset, &mut bytes)?;
         self.write(to, to_offset, &bytes)
     }
 
     fn launch(&self, spec: &OpSpec, kernel: &'static Kernel, args: &[&Buffer], dims: &Dims) -> Result<()> {
-        check_launch(spec, kernel, args, dims)?;
-        let Source::Ptx(file) = kernel.source else { return Err(invalid(kernel.stem, "not a kernel in PTX")) };
-        let what = || format!("{} ({dims})", kernel.stem);
-        let mut params = Vec::with_capacity(args.len() + 1);
-        for buffer in args {
-            params.push(Param::Offset(id_of(buffer)?, buffer.range().start as u32));
-        }
-        params.push(Param::Bytes(dims.params().to_vec()));
-
-        let State { memory, modules } = &mut *lock(&self.state);
-        let module = match modules.get(kernel.stem) {
-            Some(module) => module.clone(),
-            None => {
-                let source = file.read().map_err(|error| invalid(kernel.stem, error))?;
-                let module = Module::parse(&source, file.path).map_err(|error| invalid(kernel.stem, error))?;
-                modules.entry(kernel.stem).or_insert(module).clone()
-            }
-        };
-        let work = (kernel.launch)(dims);
-        let launch = ptx_sim::Launch { grid: work.grid, block: work.block, dynamic_shared: work.shared_bytes, params };
         let options = Options { checked: true, ..Options::default() };
-        let report = ptx_sim::launch(&module, kernel.stem, memory, &launch, &options)
-            .map_err(|error| invalid(&what(), error))?;
-        match report.findings.first() {
-            None => Ok(()),
-            Some(first) => Err(invalid(&what(), format!("{} findings, the first: {first}", report.findings.len()))),
+        match self.run(spec, kernel, args, dims, &options)? {
+            Some(ran) if !ran.report.findings.is_empty() => {
+                Err(invalid(&format!("{} ({dims})", kernel.stem), describe(&ran.report.findings)))
+            }
+            _ => Ok(()),
         }
     }
 

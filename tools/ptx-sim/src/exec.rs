@@ -25,6 +25,8 @@ pub(crate) struct Ctx<'a> {
     pub kernel: &'a str,
     pub source: &'a str,
     pub views: &'a [View],
+    /// Views that are parameters, with their names.
+    pub names: &'a [(usize, &'a str)],
     pub shadows: &'a [Option<GlobalShadow>],
     pub constants: &'a Bank,
     pub globals: &'a Bank,
@@ -37,6 +39,16 @@ pub(crate) struct Ctx<'a> {
     pub count: bool,
     pub trace: Option<TraceWarp>,
     pub step_limit: u64,
+}
+
+impl Ctx<'_> {
+    /// What messages call a view.
+    pub fn name(&self, view: usize) -> String {
+        match self.names.iter().find(|n| n.0 == view) {
+            Some((_, name)) => format!("argument `{name}`"),
+            None => format!("buffer {view}"),
+        }
+    }
 }
 
 /// A fault inside a warp, before its place is known.

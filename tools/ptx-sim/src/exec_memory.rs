@@ -141,13 +141,15 @@ impl Machine<'_> {
             (_, 0) => format!("{bytes} bytes at address {address:#x}, which belongs to no buffer: a null pointer?"),
             (_, h) if h % 2 == 0 => match buffer(h / 2 - 1) {
                 Some(v) => {
-                    format!("{bytes} bytes at offset {offset} of buffer {}, which has {} bytes", h / 2 - 1, v.len)
+                    let name = self.ctx.name((h / 2 - 1) as usize);
+                    format!("{bytes} bytes at offset {offset} of {name}, which has {} bytes", v.len)
                 }
                 None => format!("{bytes} bytes at address {address:#x}: buffer {} does not exist", h / 2 - 1),
             },
             // Between two buffers: below the next, or past 4 GiB of the one before.
             (_, h) if buffer(h / 2).is_some() => {
-                format!("{bytes} bytes at offset -{} of buffer {}", (1u64 << 32) - offset, h / 2)
+                let name = self.ctx.name((h / 2) as usize);
+                format!("{bytes} bytes at offset -{} of {name}", (1u64 << 32) - offset)
             }
             _ => format!("{bytes} bytes at address {address:#x}, which belongs to no buffer"),
         }
@@ -177,7 +179,8 @@ impl Machine<'_> {
                     let missing = |i: &u32| unsafe { u8::read(flag(*i)) } == 0;
                     if matches!(how, Touch::Read | Touch::Atomic) {
                         if let Some(i) = (0..bytes).find(missing) {
-                            let message = || format!("byte {} of buffer {b} was never written", offset + i);
+                            let name = self.ctx.name(b);
+                            let message = || format!("byte {} of {name} was never written", offset + i);
                             self.find(Kind::UninitialisedGlobal, w, lane, message);
                         }
                     }
@@ -244,7 +247,8 @@ impl Machine<'_> {
             0 => "several other blocks".to_string(),
             n => format!("block ({},{},{})", (n - 1) % gx, (n - 1) / gx % gy, (n - 1) / gx / gy),
         };
-        self.find(Kind::GlobalRace, w, lane, || format!("offset {offset} of buffer {buffer} is also used by {with}"));
+        let name = self.ctx.name(buffer);
+        self.find(Kind::GlobalRace, w, lane, || format!("offset {offset} of {name} is also used by {with}"));
     }
 
     pub(crate) fn load_param(&mut self, w: &mut Warp, inst: &Inst, access: Access, exec: u32) {

@@ -8,12 +8,12 @@ use rayon::prelude::*;
 
 use crate::ast::ParamDecl;
 use crate::check::{Finding, Findings, GlobalShadow, Kind};
-use crate::counts::Counts;
+use crate::counts::{BufferCount, Counts};
 use crate::decode::{decode, dynamic_base};
 use crate::error::{At, Error, Place};
 use crate::exec::{Ctx, Machine};
 use crate::inst::{Op, Program, NONE};
-use crate::memory::{BufferId, Memory};
+use crate::memory::{BufferId, Memory, View};
 use crate::trace::{TraceStep, TraceWarp};
 
 /// A parsed source; immutable, cheap to clone, shared between threads.
@@ -63,6 +63,9 @@ pub enum Param {
     Buffer(BufferId),
     /// An address within a buffer: the buffer and bytes from its start.
     Offset(BufferId, u32),
+    /// The address of a part of a buffer: bytes from its start, a multiple of 256, and how many. What lies beside them is
+    /// out of bounds, as if the part were a buffer of its own.
+    View(BufferId, usize, usize),
     /// Bytes, as many as the parameter has.
     Bytes(Vec<u8>),
 }
@@ -108,6 +111,8 @@ pub struct Report {
     pub findings: Vec<Finding>,
     /// What it did.
     pub counts: Counts,
+    /// Bytes of each parameter's buffer, when counted; zeros for parameters that are none.
+    pub params: Vec<BufferCount>,
     /// The traced warp's instructions.
     pub trace: Vec<TraceStep>,
 }
@@ -169,8 +174,8 @@ impl Bank {
     }
 }
 
-/// Shared memory that one block of the target may have.
-fn shared_limit(arch: u32) -> u32 {
+/// Bytes of shared memory that one block may have on a compute capability (major·10 + minor).
+pub fn shared_limit(arch: u32) -> u32 {
     match arch {
         80 | 87 => 163 * 1024,
         86 | 89 | 120 => 99 * 1024,
@@ -225,12 +230,21 @@ pub fn launch(
     if shared > u64::from(1u32 << 20) {
         return Err(refuse(format!("{shared} bytes of shared memory")));
     }
-    let params = param_block(decl, memory, launch).map_err(refuse)?;
+    let placed = place(decl, memory, launch).map_err(refuse)?;
+    let params = param_block(decl, launch, &placed).map_err(refuse)?;
 
-    let views = memory.views();
+    let buffers = memory.buffers();
+    let mut views = memory.views();
+    for param in &launch.params {
+        if let Param::View(id, start, bytes) = param {
+            views.push(views[id.index()].part(*start, *bytes));
+        }
+    }
+    let names: Vec<(usize, &str)> =
+        placed.iter().zip(&decl.params).filter_map(|(at, p)| at.map(|(view, _)| (view, p.name.as_str()))).collect();
     let shadows: Vec<Option<GlobalShadow>> = if options.checked && blocks > 1 {
-        let written = written_buffers(program, launch);
-        let shadow = |(i, v): (usize, &crate::memory::View)| {
+        let written = written_views(program, launch, &placed);
+        let shadow = |(i, v): (usize, &View)| {
             let tracked = !v.data.is_null() && written.as_ref().is_none_or(|w| w.contains(&i));
             tracked.then(|| GlobalShadow::new(v.len, program.global_grain))
         };
@@ -243,6 +257,7 @@ pub fn launch(
         kernel: entry,
         source: &module.inner.source,
         views: &views,
+        names: &names,
         shadows: &shadows,
         constants: &module.inner.constants,
         globals: &module.inner.globals,
@@ -256,6 +271,11 @@ pub fn launch(
         step_limit: options.step_limit,
     };
     let mut report = run_grid(&ctx, blocks as u64, options)?;
+    if options.count {
+        let of = |at: &Option<(usize, u64)>| at.map_or(BufferCount::default(), |(view, _)| report.counts.buffers[view]);
+        report.params = placed.iter().map(of).collect();
+        report.counts.buffers.truncate(buffers);
+    }
     if options.checked {
         let mut all = Findings::default();
         static_findings(module, decl, program, &ctx, threads as u32, &mut all);
@@ -266,57 +286,91 @@ pub fn launch(
         report.findings.sort_by_key(|f| (f.place.line, f.kind));
     } else {
         // What an unchecked launch wrote is unknown in detail; its outputs count as written.
-        for i in written_buffers(program, launch).unwrap_or_else(|| (0..views.len()).collect()) {
-            memory.mark_initialised(BufferId(i as u32), 0..usize::MAX);
+        match written_views(program, launch, &placed) {
+            None => (0..buffers).for_each(|i| memory.mark_initialised(BufferId(i as u32), 0..usize::MAX)),
+            Some(views) => {
+                for (param, _) in
+                    launch.params.iter().zip(&placed).filter(|(_, at)| at.is_some_and(|a| views.contains(&a.0)))
+                {
+                    match param {
+                        Param::Buffer(id) | Param::Offset(id, _) => memory.mark_initialised(*id, 0..usize::MAX),
+                        Param::View(id, start, bytes) => memory.mark_initialised(*id, *start..*start + *bytes),
+                        Param::Bytes(_) => {}
+                    }
+                }
+            }
         }
     }
     Ok(report)
 }
 
-/// The bytes that `ld.param` reads.
-fn param_block(decl: &Entry, memory: &Memory, launch: &Launch) -> Result<Vec<u8>, String> {
+/// A view of a buffer begins at a multiple of this, as allocations of a driver do.
+const VIEW_ALIGNMENT: usize = 256;
+
+/// Each parameter's view and address, where it is one. Views of parts follow those of the buffers.
+fn place(decl: &Entry, memory: &Memory, launch: &Launch) -> Result<Vec<Option<(usize, u64)>>, String> {
     if launch.params.len() != decl.params.len() {
         return Err(format!("{} arguments for {} parameters", launch.params.len(), decl.params.len()));
     }
-    let mut block = vec![0; decl.params.last().map_or(0, |p| p.offset + p.size) as usize];
+    let mut parts = memory.buffers();
+    let mut placed = Vec::with_capacity(launch.params.len());
     for (p, arg) in decl.params.iter().zip(&launch.params) {
-        let address = match arg {
-            Param::Buffer(id) => Some((id, 0)),
-            Param::Offset(id, offset) => Some((id, *offset)),
-            Param::Bytes(_) => None,
-        };
-        let bytes = match (address, arg) {
-            (Some((id, offset)), _) => {
-                if p.size != 8 || !memory.exists(*id) {
-                    return Err(format!("`{}` has {} bytes, or its buffer {} is gone", p.name, p.size, id.index()));
+        let (id, at) = match arg {
+            Param::Buffer(id) => (id, (id.index(), id.address())),
+            Param::Offset(id, offset) => (id, (id.index(), id.address() + u64::from(*offset))),
+            Param::View(id, start, bytes) => {
+                if start % VIEW_ALIGNMENT != 0 || start.checked_add(*bytes).is_none_or(|end| end > memory.len_of(*id)) {
+                    let (name, all) = (&p.name, memory.len_of(*id));
+                    return Err(format!(
+                        "`{name}` is bytes {start}+{bytes} of a buffer of {all}; a view lies inside, at a multiple of \
+                         {VIEW_ALIGNMENT}"
+                    ));
                 }
-                (id.address() + u64::from(offset)).to_le_bytes().to_vec()
+                let part = BufferId(parts as u32);
+                parts += 1;
+                (id, (part.index(), part.address()))
             }
-            (None, Param::Bytes(bytes)) => bytes.clone(),
-            (None, _) => Vec::new(),
+            Param::Bytes(_) => {
+                placed.push(None);
+                continue;
+            }
         };
+        if p.size != 8 || !memory.exists(*id) {
+            return Err(format!("`{}` has {} bytes, or its buffer {} is gone", p.name, p.size, id.index()));
+        }
+        placed.push(Some(at));
+    }
+    Ok(placed)
+}
+
+/// The bytes that `ld.param` reads.
+fn param_block(decl: &Entry, launch: &Launch, placed: &[Option<(usize, u64)>]) -> Result<Vec<u8>, String> {
+    let mut block = vec![0; decl.params.last().map_or(0, |p| p.offset + p.size) as usize];
+    for ((p, arg), at) in decl.params.iter().zip(&launch.params).zip(placed) {
+        let address = at.map_or([0; 8], |(_, address)| address.to_le_bytes());
+        let bytes = if let Param::Bytes(bytes) = arg { &bytes[..] } else { &address[..] };
         if bytes.len() != p.size as usize {
             return Err(format!("`{}` has {} bytes, its argument {}", p.name, p.size, bytes.len()));
         }
-        block[p.offset as usize..(p.offset + p.size) as usize].copy_from_slice(&bytes);
+        block[p.offset as usize..(p.offset + p.size) as usize].copy_from_slice(bytes);
     }
     Ok(block)
 }
 
-/// Buffers that the kernel may write; none: any.
-fn written_buffers(program: &Program, launch: &Launch) -> Option<Vec<usize>> {
+/// Views that the kernel may write; none: any.
+fn written_views(program: &Program, launch: &Launch, placed: &[Option<(usize, u64)>]) -> Option<Vec<usize>> {
     if program.written == u64::MAX {
         return None;
     }
-    let mut buffers = Vec::new();
-    for (i, p) in launch.params.iter().enumerate().filter(|(i, _)| program.written >> i.min(&63) & 1 == 1) {
-        match p {
-            Param::Buffer(id) | Param::Offset(id, _) => buffers.push(id.index()),
-            Param::Bytes(_) if i < 64 => return None,
-            Param::Bytes(_) => {}
+    let mut views = Vec::new();
+    for (i, at) in placed.iter().enumerate().filter(|(i, _)| program.written >> i.min(&63) & 1 == 1) {
+        match (at, &launch.params[i]) {
+            (Some((view, _)), _) => views.push(*view),
+            (None, Param::Bytes(_)) if i < 64 => return None,
+            (None, _) => {}
         }
     }
-    Some(buffers)
+    Some(views)
 }
 
 /// Facts of the launch and the text rather than of a thread.

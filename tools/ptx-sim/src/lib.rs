@@ -77,7 +77,7 @@ pub use ast::ParamDecl;
 pub use check::{Finding, Kind};
 pub use counts::{BufferCount, Counts, LineCount, SharedTraffic, Traffic};
 pub use error::{Error, Place};
-pub use launch::{launch, Entry, Launch, Module, Options, Param, Report};
+pub use launch::{launch, shared_limit, Entry, Launch, Module, Options, Param, Report};
 pub use memory::{BufferId, Memory};
 pub use mutate::{mutants, Mutant};
 pub use trace::{TraceStep, TraceWarp};

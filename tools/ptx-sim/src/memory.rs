@@ -121,6 +121,11 @@ impl Memory {
         }
     }
 
+    /// How many buffers were ever allocated.
+    pub(crate) fn buffers(&self) -> usize {
+        self.buffers.len()
+    }
+
     /// What a launch sees: one view for each buffer ever allocated.
     pub(crate) fn views(&mut self) -> Vec<View> {
         let view = |slot: &mut Option<Buffer>| match slot {
@@ -143,6 +148,17 @@ pub(crate) struct View {
     pub len: u64,
     /// One flag a byte, or null: all initialised.
     pub init: *mut u8,
+}
+
+impl View {
+    /// Bytes `start..start + bytes` of this view, which has them.
+    pub fn part(&self, start: usize, bytes: usize) -> View {
+        View {
+            data: self.data.wrapping_add(start),
+            len: bytes as u64,
+            init: if self.init.is_null() { self.init } else { self.init.wrapping_add(start) },
+        }
+    }
 }
 
 // SAFETY: the launch holds `&mut Memory` for the views' whole life and touches the bytes atomically only.

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{checked, found, kernel, line_of, run, run_with, unchecked, Buf};
-use ptx_sim::{Error, Kind};
+use ptx_sim::{Error, Kind, Launch, Memory, Module, Param};
 
 /// Runs checked: exactly one finding, of this class, on the line that holds `mark`.
 fn one(source: &str, grid: u32, block: u32, buffers: &[Buf], kind: Kind, mark: &str) -> ptx_sim::Finding {
@@ -19,7 +19,7 @@ fn out_of_bounds_is_exact_to_the_buffer() {
     let load = kernel(2, &format!("{ADDRESS} ld.global.u32 %r1, [%d0]; // here\nret;"));
     let f = one(&load, 1, 32, &[Buf::In(vec![0; 4 * 31]), Buf::In(vec![0; 4096])], Kind::OutOfBounds, "here");
     assert_eq!((f.place.lane, f.place.warp, f.place.block, f.count), (31, 0, [0; 3], 1));
-    assert!(f.message.contains("offset 124 of buffer 0, which has 124 bytes"), "{}", f.message);
+    assert!(f.message.contains("offset 124 of argument `p0`, which has 124 bytes"), "{}", f.message);
     let short = [Buf::In(vec![0; 4 * 31]), Buf::In(vec![0; 4096])];
     let Err(Error::Fault { place, message, .. }) = run_with(&load, [1; 3], [32, 1, 1], 0, &short, &[], &unchecked())
     else {
@@ -30,11 +30,45 @@ fn out_of_bounds_is_exact_to_the_buffer() {
 
     let store = kernel(2, "mov.u32 %r0, 1; st.global.u32 [%d21 + -4], %r0; // here\nret;");
     let f = one(&store, 1, 1, &[Buf::In(vec![0; 16]), Buf::In(vec![0; 16])], Kind::OutOfBounds, "here");
-    assert!(f.message.contains("offset -4 of buffer 1"), "{}", f.message);
+    assert!(f.message.contains("offset -4 of argument `p1`"), "{}", f.message);
     let shared = kernel(0, ".shared .b8 s[64]; mov.u32 %r0, 64; st.shared.u32 [%r0], %r0; // here\nret;");
     one(&shared, 1, 1, &[], Kind::OutOfBounds, "here");
     let null = kernel(0, "mov.u64 %d0, 0; ld.global.u32 %r0, [%d0]; // here\nret;");
     assert!(one(&null, 1, 1, &[], Kind::OutOfBounds, "here").message.contains("null pointer"));
+}
+
+#[test]
+fn a_view_is_bounded_as_a_buffer_is() {
+    let source =
+        kernel(2, &format!("{ADDRESS} ld.global.u32 %r1, [%d0]; // load\nst.global.u32 [%d21], %r1; // store\nret;"));
+    let module = Module::parse(&source, "test.ptx").unwrap();
+    let mut memory = Memory::new();
+    let whole = memory.alloc(1024, false).unwrap();
+    memory.mark_initialised(whole, 0..384);
+    let mut launch = |threads: u32, x: Param, y: Param| {
+        let shape = Launch { grid: [1; 3], block: [threads, 1, 1], dynamic_shared: 0, params: vec![x, y] };
+        let report = ptx_sim::launch(&module, "k", &mut memory, &shape, &checked());
+        report.map(|report| (report, memory.bytes(whole).to_vec()))
+    };
+    // Bytes 256..384 are 32 words; the output follows at 512.
+    let (x, y) = (Param::View(whole, 256, 128), Param::View(whole, 512, 4));
+    let (report, _) = launch(32, x.clone(), y.clone()).unwrap();
+    assert!(report.findings.is_empty(), "{:?}", report.findings);
+    assert_eq!((report.params[0].read, report.params[1].written), (128, 128));
+    assert_eq!((report.counts.buffers.len(), report.params[1].read), (1, 0));
+
+    let (report, _) = launch(33, x, y.clone()).unwrap();
+    let message = &report.findings[0].message;
+    assert_eq!(found(&report)[0], (Kind::OutOfBounds, line_of(&source, "load")));
+    assert!(message.contains("offset 128 of argument `p0`, which has 128 bytes"), "{message}");
+    let (report, bytes) = launch(1, Param::View(whole, 512, 4), Param::View(whole, 768, 0)).unwrap();
+    assert_eq!(found(&report), [(Kind::OutOfBounds, line_of(&source, "store"))], "an empty view takes no store");
+    assert_eq!(bytes[768..], [0xff; 256]);
+
+    for (start, bytes) in [(128, 4), (1024, 1), (0, 1025), (256, usize::MAX)] {
+        let Err(error) = launch(1, Param::View(whole, start, bytes), y.clone()) else { panic!("{start}+{bytes}") };
+        assert!(error.to_string().contains("`p0` is bytes"), "{error}");
+    }
 }
 
 #[test]
@@ -83,7 +117,7 @@ fn uninitialised_memory() {
     assert_eq!((f.place.block, f.count), ([1, 0, 0], 2));
     let global = kernel(1, "st.global.u16 [%d20], 7;\nld.global.u32 %r0, [%d20]; // here\nret;");
     let f = one(&global, 1, 1, &[Buf::Out(8)], Kind::UninitialisedGlobal, "here");
-    assert!(f.message.contains("byte 2 of buffer 0"), "{}", f.message);
+    assert!(f.message.contains("byte 2 of argument `p0`"), "{}", f.message);
     let whole = kernel(1, "st.global.u32 [%d20], 7;\nld.global.u32 %r0, [%d20];\nret;");
     assert!(run(&whole, &[Buf::Out(4)]).report.findings.is_empty());
 }
@@ -188,7 +222,7 @@ fn global_races_between_blocks() {
     // Every block writes its number to the same word.
     let clash = kernel(1, "mov.u32 %r0, %ctaid.x;\nst.global.u32 [%d20], %r0; // here\nret;");
     let f = one(&clash, 4, 1, &[Buf::Out(4)], Kind::GlobalRace, "here");
-    assert!(f.message.contains("offset 0 of buffer 0"), "{}", f.message);
+    assert!(f.message.contains("offset 0 of argument `p0`"), "{}", f.message);
     let apart = kernel(1, "mov.u32 %r0, %ctaid.x; mad.wide.u32 %d0, %r0, 2, %d20;\nst.global.u16 [%d0], 1;\nret;");
     let ran = run_with(&apart, [4, 1, 1], [1; 3], 0, &[Buf::Out(8)], &[], &checked()).unwrap();
     assert!(ran.report.findings.is_empty(), "{:?}", ran.report.findings);

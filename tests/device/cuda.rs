@@ -1,0 +1,223 @@
+//! The `cuda` device on a driver that runs launches on ptx-sim (`tests/fake-cuda`): each test is a run of the tool that
+//! finds that driver, or none, where it looks for the real one.
+
+use handmill::op::DeviceKind;
+use handmill::ops::OPS;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// What a run of the tool left, and the calls that the driver saw.
+struct Run {
+    code: i32,
+    stdout: String,
+    stderr: String,
+    calls: Vec<String>,
+}
+
+/// The driver as the tests' build made it, which lies beside the tests' own program.
+fn fake_driver() -> PathBuf {
+    let tests = std::env::current_exe().expect("this program's path");
+    let library = tests.parent().expect("a folder").join("libfake_cuda.so");
+    assert!(library.exists(), "{} is missing: build all tests with `cargo test --no-run`", library.display());
+    library
+}
+
+/// Runs the tool where `libcuda.so` is the fake driver, which pretends `words`; kernels come from `sources` if any.
+fn with_driver(words: &str, sources: Option<&Path>, args: &[&str]) -> Run {
+    let folder = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink(fake_driver(), folder.path().join("libcuda.so")).unwrap();
+    let log = folder.path().join("calls");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_handmill"));
+    command.args(args).env_remove("RUST_LOG").env_remove("HANDMILL_SOURCES");
+    command.env("LD_LIBRARY_PATH", folder.path()).env("FAKE_CUDA", words).env("FAKE_CUDA_LOG", &log);
+    if let Some(sources) = sources {
+        command.env("HANDMILL_SOURCES", sources);
+    }
+    let output = command.output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).expect("the tool prints UTF-8");
+    let calls = std::fs::read_to_string(&log).unwrap_or_default().lines().map(str::to_string).collect();
+    let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
+    assert!(!stderr.contains("panicked"), "{args:?}: {stderr}");
+    Run { code: output.status.code().expect("the tool was ended by a signal"), stdout, stderr, calls }
+}
+
+impl Run {
+    fn lines(&self) -> Vec<Value> {
+        self.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    fn calls(&self, start: &str) -> Vec<&String> {
+        self.calls.iter().filter(|call| call.starts_with(start)).collect()
+    }
+}
+
+const VERIFY: [&str; 6] = ["verify", "--device", "cuda", "--json", "--kernel", "rmsnorm_f32_warp"];
+
+fn doctor(words: &str) -> Value {
+    let run = with_driver(words, None, &["doctor", "--device", "auto", "--json"]);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    serde_json::from_str(&run.stdout).unwrap()
+}
+
+fn cuda_entries(found: &Value) -> Vec<&Value> {
+    found["devices"].as_array().unwrap().iter().filter(|device| device["kind"] == "cuda").collect()
+}
+
+fn has(text: &str, words: &[&str]) {
+    for word in words {
+        assert!(text.contains(word), "no {word:?} in {text}");
+    }
+}
+
+/// A folder with the crate's kernels, one of them changed.
+fn changed_kernel(from: &str, to: &str) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::create_dir(folder.path().join("kernels")).unwrap();
+    let path = "kernels/rmsnorm_f32_warp.ptx";
+    let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap();
+    assert!(text.contains(from), "{path} no longer has {from:?}");
+    std::fs::write(folder.path().join(path), text.replacen(from, to, 1)).unwrap();
+    folder
+}
+
+#[test]
+fn a_card_is_found_measured_and_taken() {
+    let found = doctor("two_cards");
+    let cards = cuda_entries(&found);
+    assert_eq!(cards.iter().map(|card| card["id"].as_str().unwrap()).collect::<Vec<_>>(), ["cuda:0", "cuda:1"]);
+    assert_eq!(
+        (&cards[0]["available"], &cards[0]["sm"], &cards[0]["software"]),
+        (&true.into(), &80.into(), &false.into())
+    );
+    assert_eq!(cards[0]["shared_bytes"], 163 << 10);
+    assert!(cards[0]["copy_gb_per_s"].as_f64().unwrap() > 0.0, "{}", cards[0]);
+    has(cards[0]["name"].as_str().unwrap(), &["Fake card", "compute capability 8.0, 8.0 GiB, driver for CUDA 12.2"]);
+    assert_eq!(found["auto"], "cuda:0");
+}
+
+#[test]
+fn kernels_run_through_the_driver_and_all_is_given_back() {
+    for (words, alloc, free) in [("", "cuMemAllocAsync", "cuMemFreeAsync"), ("no_pool", "cuMemAlloc ", "cuMemFree ")] {
+        let run = with_driver(words, None, &VERIFY);
+        assert_eq!(run.code, 0, "{}{}", run.stdout, run.stderr);
+        let lines = run.lines();
+        assert!(lines.len() >= 4 && lines.iter().all(|line| line["status"] == "ok"), "{}", run.stdout);
+        assert_eq!(run.calls("cuLaunchKernel rmsnorm_f32_warp").len(), lines.len());
+        assert_eq!(run.calls("cuModuleLoadDataEx").len(), 1, "a source is compiled once");
+        assert_eq!(run.calls(alloc).len(), run.calls(free).len());
+        let pool = run.calls("cuMemPoolSetAttribute release threshold 18446744073709551615 = 0");
+        assert_eq!(pool.len(), usize::from(words.is_empty()));
+        let refused: Vec<_> = run.calls.iter().filter(|call| !call.ends_with(" = 0")).collect();
+        assert!(refused.is_empty(), "{refused:?}");
+        let last = run.calls.last().unwrap();
+        assert!(last.contains("with 0 allocations and 0 streams left"), "{last}");
+    }
+}
+
+#[test]
+fn every_kernel_in_ptx_runs_through_the_driver() {
+    let run = with_driver("", None, &["verify", "--device", "cuda", "--json"]);
+    assert_eq!(run.code, 0, "{}{}", run.stdout, run.stderr);
+    let lines = run.lines();
+    let kernels = OPS.iter().flat_map(|spec| spec.kernels()).filter(|kernel| DeviceKind::Cuda.runs(&kernel.source));
+    for kernel in kernels {
+        let ok = lines.iter().filter(|line| line["kernel"] == kernel.stem && line["status"] == "ok").count();
+        assert!(ok > 0, "{} ran on no case", kernel.stem);
+        assert_eq!(run.calls(&format!("cuLaunchKernel {} ", kernel.stem)).len(), ok, "{}", kernel.stem);
+    }
+    let refused: Vec<_> = run.calls.iter().filter(|call| !call.ends_with(" = 0")).collect();
+    assert!(refused.is_empty(), "{refused:?}");
+}
+
+#[test]
+fn what_stands_in_the_way_is_told_in_one_sentence() {
+    for (words, said) in [
+        ("old_driver", &["offers CUDA 11.8", "12.2", "install driver 535"][..]),
+        ("no_device", &["finds no card", "nvidia-smi", "CUDA_VISIBLE_DEVICES"]),
+        ("broken_driver", &["does not start", "CUDA_ERROR_UNKNOWN (unknown error)", "nvidia-smi"]),
+        ("old_card", &["compute capability 7.0", "8.0 (Ampere)"]),
+    ] {
+        let found = doctor(words);
+        let card = cuda_entries(&found)[0].clone();
+        has(card["reason"].as_str().unwrap(), said);
+        assert_eq!((&card["available"], &found["auto"]), (&false.into(), &"cpu".into()), "{words}");
+        has(found["auto_reason"].as_str().unwrap(), said);
+
+        let run = with_driver(words, None, &VERIFY);
+        assert!(run.code == 1 && run.stdout.is_empty() && run.stderr.lines().count() == 1, "{}", run.stderr);
+        has(&run.stderr, said);
+    }
+    let run = with_driver("", None, &["verify", "--device", "cuda:1", "--op", "rmsnorm"]);
+    assert_eq!(run.code, 1);
+    has(&run.stderr, &["device cuda:1", "the last card here is cuda:0"]);
+}
+
+#[test]
+fn without_a_driver_the_others_are_used() {
+    let folder = tempfile::tempdir().unwrap();
+    let tool = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_handmill"));
+        command.args(args).env("LD_LIBRARY_PATH", folder.path()).output().unwrap()
+    };
+    if Path::new("/proc/driver/nvidia/version").exists() {
+        return assert!(
+            tool(&["doctor"]).status.success(),
+            "with a driver of its own, this machine shows nothing else"
+        );
+    }
+    let output = tool(&["verify", "--device", "cuda", "--op", "rmsnorm"]);
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!((output.status.code(), text.lines().count()), (Some(1), 1), "{text}");
+    has(&text, &["device cuda:0", "there is no NVIDIA driver here", "install driver 535"]);
+    let output = tool(&["verify", "--device", "all", "--op", "rmsnorm"]);
+    has(&String::from_utf8(output.stderr).unwrap(), &["cuda is left out: there is no NVIDIA driver"]);
+    assert!(output.status.success());
+}
+
+#[test]
+fn memory_that_is_short_is_told_with_what_is_free() {
+    let run = with_driver("bytes=100000", None, &VERIFY);
+    assert_eq!(run.code, 1);
+    let lines = run.lines();
+    assert!(lines.iter().any(|line| line["status"] == "ok"), "the small cases fit");
+    let failed = lines.iter().find(|line| line["status"] == "failed").expect("the large case does not");
+    has(
+        failed["failure"].as_str().unwrap(),
+        &["cuda:0: cannot allocate", "bytes: the card has 0.00 of its 0.00 GiB free"],
+    );
+    has(run.calls.last().unwrap(), &["with 0 allocations"]);
+}
+
+#[test]
+fn a_source_that_the_driver_refuses_is_named_with_its_line() {
+    let sources = changed_kernel("fma.rn.f32", "fma.rn.f33");
+    let run = with_driver("", Some(sources.path()), &VERIFY);
+    assert_eq!(run.code, 1);
+    let line =
+        1 + include_str!("../../kernels/rmsnorm_f32_warp.ptx").lines().position(|l| l.contains("fma.rn")).unwrap();
+    let place = format!("kernels/rmsnorm_f32_warp.ptx:{line}: error");
+    let words = ["rmsnorm_f32_warp", "does not compile", "CUDA_ERROR_INVALID_PTX", &place, "f33", "assembly aborted"];
+    has(run.lines()[0]["failure"].as_str().unwrap(), &words);
+}
+
+#[test]
+fn a_fault_on_the_card_is_told_with_the_kernel_that_ran() {
+    // Stores far outside every allocation.
+    let sources = changed_kernel("st.global.f32    [%out]", "st.global.f32    [%out + 1073741824]");
+    let run = with_driver("", Some(sources.path()), &VERIFY);
+    assert_eq!(run.code, 1);
+    let words = [
+        "cuda:0: CUDA_ERROR_ILLEGAL_ADDRESS",
+        "at or before the launch of rmsnorm_f32_warp",
+        "--device ptx-sim --kernel",
+    ];
+    has(run.lines()[0]["failure"].as_str().unwrap(), &words);
+}
+
+#[test]
+fn a_launch_that_the_driver_refuses_is_told_with_its_dims() {
+    let run = with_driver("no_resources", None, &VERIFY);
+    let words = ["rmsnorm_f32_warp (M=1 K=1", "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES (too many resources requested"];
+    has(run.lines()[0]["failure"].as_str().unwrap(), &words);
+}
