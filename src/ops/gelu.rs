@@ -51,7 +51,12 @@ const CPU: &[Kernel] = &[
     },
 ];
 
-const PTX: &[Kernel] = &[];
+const PTX: &[Kernel] = &[ptx!("gelu_f32_vec4", four_elements_a_thread, always)];
+
+/// A block of 256 threads takes 1024 elements.
+fn four_elements_a_thread(d: &Dims) -> Launch {
+    Launch { grid: [(d["M"] * d["F"]).div_ceil(1024) as u32, 1, 1], block: [256, 1, 1], shared_bytes: 0 }
+}
 
 const WGSL: &[Kernel] = &[];
 

@@ -51,7 +51,12 @@ const CPU: &[Kernel] = &[Kernel {
     supports: always,
 }];
 
-const PTX: &[Kernel] = &[];
+const PTX: &[Kernel] = &[ptx!("mean_pool_f32_block", a_sentence_a_block, always)];
+
+/// A block of 256 threads for each sentence.
+fn a_sentence_a_block(d: &Dims) -> Launch {
+    Launch { grid: [d["S"] as u32, 1, 1], block: [256, 1, 1], shared_bytes: 0 }
+}
 
 const WGSL: &[Kernel] = &[];
 
