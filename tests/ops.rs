@@ -1,6 +1,6 @@
 //! Devices × ops × kernels × cases: every kernel of the table against its oracle, one test each.
 
-use handmill::device::{cpu::Cpu, ptx_sim::PtxSim, Device};
+use handmill::device::{cpu::Cpu, ptx_sim::PtxSim, wgpu, Device};
 use handmill::op::{Case, DeviceKind, Kernel, OpSpec, Simd};
 use handmill::tensor::Dtype;
 use handmill::{ops::OPS, verify};
@@ -10,7 +10,10 @@ use std::sync::Arc;
 const SEED: u64 = 1;
 
 fn main() {
-    let devices: Vec<Arc<dyn Device>> = vec![Arc::new(Cpu::new()), Arc::new(PtxSim::new())];
+    let mut devices: Vec<Arc<dyn Device>> = vec![Arc::new(Cpu::new()), Arc::new(PtxSim::new())];
+    for i in 0..wgpu::list().len() {
+        devices.push(Arc::new(wgpu::Wgpu::with(i, &wgpu::Options::default()).unwrap()));
+    }
     let mut trials = Vec::new();
     for device in &devices {
         for spec in OPS {

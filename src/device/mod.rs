@@ -5,6 +5,7 @@
 
 pub mod cpu;
 pub mod ptx_sim;
+pub mod wgpu;
 
 use crate::op::{Caps, Dims, Kernel, OpSpec, Role};
 use crate::tensor::Dtype;
@@ -170,11 +171,12 @@ pub fn check_launch(spec: &OpSpec, kernel: &Kernel, args: &[&Buffer], dims: &Dim
     Ok(())
 }
 
-/// Opens a device by its id: `cpu`, `ptx-sim`, or `auto` for the best there is.
+/// Opens a device by its id: `cpu`, `ptx-sim`, `wgpu`, `wgpu:1`, or `auto` for the best there is.
 pub fn open(id: &str) -> Result<Arc<dyn Device>> {
     match id {
         "cpu" | "auto" => Ok(Arc::new(cpu::Cpu::new())),
         "ptx-sim" => Ok(Arc::new(ptx_sim::PtxSim::new())),
+        _ if id == "wgpu" || id.starts_with("wgpu:") => Ok(Arc::new(wgpu::Wgpu::open(id)?)),
         _ => Err(Error::Unavailable {
             device: id.to_string(),
             reason: "not a device of this build; `handmill doctor` lists what there is".to_string(),

@@ -39,7 +39,7 @@ const CPU: &[Kernel] = &[Kernel {
 
 const PTX: &[Kernel] = &[];
 
-const WGSL: &[Kernel] = &[];
+const WGSL: &[Kernel] = &[wgsl!("add_f32_flat", |d| flat(d["M"] * d["K"]), always)];
 
 /// The definition.
 fn oracle(_: &Dims, args: &[HostTensor]) -> Vec<Expected> {
