@@ -38,7 +38,7 @@ fn rmsnorm_f32_workgroup(
     }
 
     // y = x · scale · gain
-    let scale = 1.0 / sqrt(partial[0] / f32(p.K) + p.eps);
+    let scale = exact_rsqrt(exact_divide(partial[0], f32(p.K)) + p.eps);
     for (var k = lane; k < p.K; k += WIDTH) {
         y[row + k] = x[row + k] * scale * gain[k];
     }

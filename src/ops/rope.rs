@@ -56,7 +56,7 @@ const CPU: &[Kernel] =
 
 const PTX: &[Kernel] = &[];
 
-const WGSL: &[Kernel] = &[];
+const WGSL: &[Kernel] = &[wgsl!("rope_f32_flat", |d| flat(d["M"] * d["H"] * d["D"] / 2), always)];
 
 /// How a model's context was stretched beyond the one it was trained with.
 #[derive(Clone, Debug, PartialEq)]
