@@ -98,6 +98,9 @@ impl Wgpu {
             })
         });
         let mut description = adapter::name(adapter);
+        if adapter::is_software(adapter) {
+            description += ", software: correctness only";
+        }
         if !options.checked {
             description += ", unchecked";
         }

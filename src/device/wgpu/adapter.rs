@@ -73,7 +73,7 @@ pub(super) fn is_software(adapter: &Adapter) -> bool {
     adapter.get_info().device_type == DeviceType::Cpu
 }
 
-/// `llvmpipe (LLVM 15.0.6, 256 bits), Vulkan, llvmpipe Mesa 22.3.6, software: correctness only`
+/// `llvmpipe (LLVM 15.0.6, 256 bits), Vulkan, llvmpipe Mesa 22.3.6`
 pub(super) fn name(adapter: &Adapter) -> String {
     let info = adapter.get_info();
     let driver = format!("{} {}", info.driver, info.driver_info);
@@ -81,9 +81,6 @@ pub(super) fn name(adapter: &Adapter) -> String {
     if !driver.trim().is_empty() {
         name += ", ";
         name += driver.trim();
-    }
-    if is_software(adapter) {
-        name += ", software: correctness only";
     }
     name
 }
