@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 use clap::Args;
-use handmill::device::{self, Device};
+use handmill::device::{self, wgpu, Device};
 use handmill::op::{DeviceKind, Simd};
 use handmill::ops::OPS;
 use handmill::tensor::Dtype;
@@ -14,19 +14,30 @@ use serde_json::json;
 
 use super::{print_json, Common};
 
-/// Every device of this build, the first that is available being what `auto` takes.
-pub const DEVICES: [&str; 2] = ["cpu", "ptx-sim"];
+/// Every device of this build, the first that is available being what `auto` takes; without adapters a `wgpu` that
+/// tells what to do.
+pub fn device_ids() -> Vec<String> {
+    let mut ids = vec!["cpu".to_string(), "ptx-sim".to_string()];
+    let adapters = wgpu::list();
+    match adapters.is_empty() {
+        true => ids.push("wgpu".to_string()),
+        false => ids.extend(adapters.into_iter().map(|adapter| adapter.id)),
+    }
+    ids
+}
+
 /// How long a measurement takes, in seconds.
 const LONG_ENOUGH: f64 = 0.3;
 /// Bytes of a buffer that is copied: far more than caches hold.
 const COPY_BYTES: usize = 128 << 20;
-/// M, N and K of the product that is timed.
+/// M, N and K of the product that is timed, and where a processor plays a graphics card.
 const MATMUL: usize = 1024;
+const MATMUL_SOFTWARE: usize = 256;
 
 /// Show the devices, how fast they copy and multiply, and which one is used
 ///
 /// Copy bandwidth counts bytes read and bytes written. The matmul peak is that of the fastest f32 kernel for
-/// 1024 x 1024 x 1024. Both are the best of a third of a second.
+/// 1024 x 1024 x 1024, on software adapters 256 x 256 x 256. Both are the best of a third of a second.
 #[derive(Args)]
 pub struct Doctor {
     #[command(flatten)]
@@ -37,6 +48,8 @@ pub struct Doctor {
 struct Found {
     id: String,
     kind: &'static str,
+    /// A processor plays a graphics card.
+    software: bool,
     /// The device, or why there is none.
     device: std::result::Result<std::sync::Arc<dyn Device>, String>,
     copy: Option<f64>,
@@ -46,21 +59,24 @@ struct Found {
 impl Doctor {
     pub fn run(&self) -> Result<()> {
         let chosen = self.common.open_device()?;
-        let shown = DEVICES.iter().filter(|&&id| self.common.device == "auto" || chosen.id() == id);
+        let mut ids = device_ids();
+        ids.retain(|id| self.common.device == "auto" || chosen.id() == id);
+        let adapters = wgpu::list();
         let mut devices = Vec::new();
-        for &id in shown {
-            let device = device::open(id).map_err(|error| error.to_string());
-            let mut found = Found { id: id.to_string(), kind: kind(id), device, copy: None, matmul: None };
+        for id in ids {
+            let device = device::open(&id).map_err(|error| error.to_string());
+            let software = adapters.iter().any(|adapter| adapter.id == id && adapter.software);
+            let spinner = super::spinner(format!("measuring {id}"));
+            let mut found = Found { kind: kind(&id), id, software, device, copy: None, matmul: None };
             if let Ok(device) = &found.device {
-                let spinner = super::spinner(format!("measuring {id}"));
                 found.copy = Some(copy_bandwidth(&**device)?);
-                found.matmul = matmul_peak(&**device)?;
-                spinner.finish_and_clear();
+                found.matmul = matmul_peak(&**device, if software { MATMUL_SOFTWARE } else { MATMUL })?;
             }
+            spinner.finish_and_clear();
             devices.push(found);
         }
         let auto = device::open("auto")?;
-        let why = "it is the only device of this build";
+        let why = "it is the fastest that is always there";
         match self.common.json {
             true => print_json(&json!({
                 "version": env!("CARGO_PKG_VERSION"),
@@ -79,7 +95,7 @@ impl Found {
             "id": self.id,
             "name": self.device.as_ref().map_or(String::new(), |device| device.description()),
             "kind": self.kind,
-            "software": false,
+            "software": self.software,
             "available": self.device.is_ok(),
             "reason": self.device.as_ref().err(),
             "simd": self.device.as_ref().map(|device| simd(device.caps().simd)).ok(),
@@ -148,12 +164,12 @@ fn copy_bandwidth(device: &dyn Device) -> Result<f64> {
     Ok(2.0 * COPY_BYTES as f64 / seconds / 1e9)
 }
 
-/// Floating-point operations in a second, in 10^9, of the fastest f32 product; none where no kernel runs.
-fn matmul_peak(device: &dyn Device) -> Result<Option<f64>> {
+/// Floating-point operations in a second, in 10^9, of the fastest f32 product of this edge; none where no kernel runs.
+fn matmul_peak(device: &dyn Device, edge: usize) -> Result<Option<f64>> {
     let Some(op) = OPS.iter().find(|op| op.name == "qmatmul" && op.format == "f32") else { return Ok(None) };
     // Every dim is the edge of the cube but those that say where and what to add: no offset, no bias, no adapter.
     let dims: Vec<usize> =
-        op.dims.iter().map(|dim| if ["M", "N", "K", "LDY"].contains(dim) { MATMUL } else { 0 }).collect();
+        op.dims.iter().map(|dim| if ["M", "N", "K", "LDY"].contains(dim) { edge } else { 0 }).collect();
     let dims = op.dims(&dims, &vec![0.0; op.scalars.len()]);
     let Some(kernel) = op.choose(&dims, Dtype::F32, device.caps()) else { return Ok(None) };
     let tensors = handmill::verify::fill(op, &dims, kernel.act, 1);

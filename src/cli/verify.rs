@@ -11,7 +11,7 @@ use handmill::ops::OPS;
 use handmill::verify::{self, Outcome};
 use serde_json::{json, Value};
 
-use super::doctor::DEVICES;
+use super::doctor::device_ids;
 use super::{note, progress, ChecksFailed, Common, Usage};
 
 /// Check every kernel on every case against its f64 oracle
@@ -53,8 +53,8 @@ impl Verify {
     pub fn run(&self) -> Result<()> {
         let selected = self.select()?;
         let ids = match self.common.device.as_str() {
-            "all" => DEVICES.to_vec(),
-            id => vec![id],
+            "all" => device_ids(),
+            id => vec![id.to_string()],
         };
         let cases: usize = selected.iter().map(|(spec, _)| spec.cases.len()).sum();
         let bar = progress(cases * self.seeds as usize * ids.len(), "checks");
