@@ -265,7 +265,6 @@ macro_rules! ptx {
 
 /// A WGSL kernel with f32 activations: its stem names its file and its entry; files that it shares with others follow,
 /// so that the lines in messages about the kernel are its file's.
-#[allow(unused_macros)]
 macro_rules! wgsl {
     ($stem:literal $(+ $part:literal)*, $launch:expr, $supports:expr) => {
         $crate::op::Kernel {
@@ -280,13 +279,17 @@ macro_rules! wgsl {
         }
     };
 }
-#[allow(unused_imports)]
-pub(crate) use wgsl;
-pub(crate) use {file, ptx};
+pub(crate) use {file, ptx, wgsl};
 
 /// For Rust kernels.
 pub fn no_grid(_: &Dims) -> Launch {
     Launch { grid: [1, 1, 1], block: [1, 1, 1], shared_bytes: 0 }
+}
+
+/// For shaders that take `elements` elements as one run: 256 invocations a group, at most the groups that every device
+/// runs in one dimension.
+pub fn flat(elements: usize) -> Launch {
+    Launch { grid: [elements.div_ceil(256).min(65535) as u32, 1, 1], block: [256, 1, 1], shared_bytes: 0 }
 }
 
 /// For kernels without conditions.

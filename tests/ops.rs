@@ -2,7 +2,7 @@
 //!
 //! The devices are those that need no hardware; `HANDMILL_TEST_DEVICE=cuda` runs the same tests on that device instead.
 
-use handmill::device::{self, cpu::Cpu, Device};
+use handmill::device::{self, cpu::Cpu, wgpu, Device};
 use handmill::op::{Case, DeviceKind, Kernel, OpSpec, Simd};
 use handmill::tensor::Dtype;
 use handmill::{ops::OPS, verify};
@@ -14,7 +14,11 @@ const SEED: u64 = 1;
 fn main() {
     let ids = match std::env::var("HANDMILL_TEST_DEVICE") {
         Ok(id) => vec![id],
-        Err(_) => vec!["cpu".to_string(), "ptx-sim".to_string()],
+        Err(_) => {
+            let adapters =
+                wgpu::list().into_iter().filter(|adapter| adapter.reason.is_none()).map(|adapter| adapter.id);
+            ["cpu".to_string(), "ptx-sim".to_string()].into_iter().chain(adapters).collect()
+        }
     };
     let open = |id: &String| device::open(id).unwrap_or_else(|error| panic!("{error}"));
     let devices: Vec<Arc<dyn Device>> = ids.iter().map(open).collect();

@@ -106,9 +106,8 @@ fn print(devices: &[Found], auto: &str, why: &str) -> Result<()> {
     writeln!(out, "{:<8} {:<8} {:>10} {:>15}  description", "device", "kind", "copy GB/s", "matmul GFLOP/s")?;
     for found in devices {
         let number = |value: Option<f64>| value.map_or("-".to_string(), |value| format!("{value:.1}"));
-        let software = if found.listed.software { " (software: correctness only)" } else { "" };
         let text = match &found.listed.reason {
-            None => format!("{}{software}", found.name()),
+            None => found.name(),
             Some(reason) => format!("not available: {reason}"),
         };
         let (id, kind) = (&found.listed.id, found.listed.kind.name());

@@ -7,6 +7,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod ptx;
 pub mod ptx_sim;
+pub mod wgpu;
 
 use crate::op::{Caps, DeviceKind, Dims, Kernel, OpSpec, Role};
 use crate::tensor::Dtype;
@@ -189,28 +190,32 @@ pub struct Listed {
 
 /// Every device of this build, or, of a kind that has none here, one entry that says why. Nothing is opened for long.
 pub fn list() -> Vec<Listed> {
-    [cpu::list(), cuda::list(), ptx_sim::list()].concat()
+    [cpu::list(), cuda::list(), wgpu::list(), ptx_sim::list()].concat()
 }
 
-/// What `auto` takes, and why: a CUDA card, else the CPU. The executor only checks, and is never taken.
+/// What `auto` takes, and why: a CUDA card, else a graphics card by wgpu, else the CPU. Neither the executor nor a
+/// software adapter is taken: they only check.
 pub fn auto() -> (String, String) {
-    let cards = cuda::list();
-    match cards.iter().find(|card| card.reason.is_none()) {
-        Some(card) => (card.id.clone(), format!("{} is the fastest kind of device here", card.name)),
-        None => {
-            let reasons: Vec<_> = cards.iter().map(|card| card.reason.clone().unwrap_or_default()).collect();
-            ("cpu".to_string(), format!("no GPU can be used; cuda: {}", reasons.join("; ")))
-        }
+    let cards = [cuda::list(), wgpu::list()].concat();
+    if let Some(card) = cards.iter().find(|card| card.reason.is_none() && !card.software) {
+        return (card.id.clone(), format!("{} is the fastest kind of device here", card.name));
     }
+    let why = |card: &Listed| {
+        let reason = card.reason.as_deref().unwrap_or("is software, for checks only");
+        format!("{} {reason}", card.id)
+    };
+    ("cpu".to_string(), format!("no GPU can be used: {}", cards.iter().map(why).collect::<Vec<_>>().join("; ")))
 }
 
-/// Opens a device by its id: `cpu`, `cuda` (the first card), `cuda:1`, `ptx-sim`, or `auto` for the best there is.
+/// Opens a device by its id: `cpu`, `cuda` (the first card), `cuda:1`, `wgpu`, `wgpu:1`, `ptx-sim`, or `auto` for the
+/// best there is.
 pub fn open(id: &str) -> Result<Arc<dyn Device>> {
     let (kind, number) = id.split_once(':').unwrap_or((id, "0"));
     Ok(match (kind, number.parse::<usize>()) {
         _ if id == "auto" => return open(&auto().0),
         _ if id == "cpu" => Arc::new(cpu::Cpu::new()),
         _ if id == "ptx-sim" => Arc::new(ptx_sim::PtxSim::new()),
+        ("wgpu", _) => Arc::new(wgpu::Wgpu::open(id)?),
         ("cuda", Ok(ordinal)) => Arc::new(cuda::Cuda::open(ordinal)?),
         _ => {
             let reason = "not a device of this build; `handmill doctor` lists what there is".to_string();

@@ -146,7 +146,10 @@ impl Device for PtxSim {
     }
 
     fn description(&self) -> String {
-        format!("PTX executed and checked on the CPU, {} threads", rayon::current_num_threads())
+        format!(
+            "PTX executed and checked on the CPU, {} threads, software: correctness only",
+            rayon::current_num_threads()
+        )
     }
 
     fn caps(&self) -> &Caps {

@@ -37,9 +37,14 @@ const CPU: &[Kernel] = &[Kernel {
     supports: always,
 }];
 
-const PTX: &[Kernel] = &[];
+const PTX: &[Kernel] = &[ptx!("add_f32_vec4", four_elements_a_thread, always)];
 
-const WGSL: &[Kernel] = &[];
+/// A block of 256 threads takes 1024 elements.
+fn four_elements_a_thread(d: &Dims) -> Launch {
+    Launch { grid: [(d["M"] * d["K"]).div_ceil(1024) as u32, 1, 1], block: [256, 1, 1], shared_bytes: 0 }
+}
+
+const WGSL: &[Kernel] = &[wgsl!("add_f32_flat", |d| flat(d["M"] * d["K"]), always)];
 
 /// The definition.
 fn oracle(_: &Dims, args: &[HostTensor]) -> Vec<Expected> {

@@ -83,7 +83,25 @@ const CPU: &[Kernel] = &[
 
 const PTX: &[Kernel] = &[];
 
-const WGSL: &[Kernel] = &[];
+const WGSL: &[Kernel] = &[
+    wgsl!("attention_f32_naive" + "exact", one_head_an_invocation, always),
+    wgsl!("attention_f32_workgroup" + "exact", one_head_a_group, |d, _| d["D"] <= 256),
+    wgsl!("attention_f32_tiled" + "exact", one_tile_a_group, |d, caps| d["M"] >= 8 && caps.shared_bytes >= 21512),
+];
+
+fn one_head_an_invocation(d: &Dims) -> Launch {
+    Launch { grid: [(d["M"] * d["H"]).div_ceil(64) as u32, 1, 1], block: [64, 1, 1], shared_bytes: 0 }
+}
+
+fn one_head_a_group(d: &Dims) -> Launch {
+    Launch { grid: [d["H"] as u32, d["M"] as u32, 1], block: [64, 1, 1], shared_bytes: 512 }
+}
+
+/// 32 rows and 64 columns of a head.
+fn one_tile_a_group(d: &Dims) -> Launch {
+    let grid = [d["M"].div_ceil(32) as u32, d["H"] as u32, d["D"].div_ceil(64) as u32];
+    Launch { grid, block: [64, 1, 1], shared_bytes: 21512 }
+}
 
 /// A kernel of this table: Rust, f32.
 const fn rung(stem: &'static str, body: fn(&Dims, &mut [Slice<'_>]), supports: fn(&Dims, &Caps) -> bool) -> Kernel {

@@ -51,9 +51,14 @@ const CPU: &[Kernel] = &[
     },
 ];
 
-const PTX: &[Kernel] = &[];
+const PTX: &[Kernel] = &[ptx!("gelu_f32_vec4", four_elements_a_thread, always)];
 
-const WGSL: &[Kernel] = &[];
+/// A block of 256 threads takes 1024 elements.
+fn four_elements_a_thread(d: &Dims) -> Launch {
+    Launch { grid: [(d["M"] * d["F"]).div_ceil(1024) as u32, 1, 1], block: [256, 1, 1], shared_bytes: 0 }
+}
+
+const WGSL: &[Kernel] = &[wgsl!("gelu_f32_flat" + "exact", |d| flat(d["M"] * d["F"]), always)];
 
 /// The definition; 1 + erf as erfc(−x / √2), which keeps its digits where erf nears −1.
 fn oracle(_: &Dims, args: &[HostTensor]) -> Vec<Expected> {

@@ -48,9 +48,18 @@ const CPU: &[Kernel] = &[Kernel {
     supports: always,
 }];
 
-const PTX: &[Kernel] = &[];
+const PTX: &[Kernel] = &[ptx!("layernorm_f32_warp", four_rows_a_block, always)];
 
-const WGSL: &[Kernel] = &[];
+/// A block of 128 threads holds four warps, each warp one row.
+fn four_rows_a_block(d: &Dims) -> Launch {
+    Launch { grid: [d["M"].div_ceil(4) as u32, 1, 1], block: [128, 1, 1], shared_bytes: 0 }
+}
+
+const WGSL: &[Kernel] = &[wgsl!("layernorm_f32_workgroup" + "exact", one_row_a_group, always)];
+
+fn one_row_a_group(d: &Dims) -> Launch {
+    Launch { grid: [d["M"] as u32, 1, 1], block: [64, 1, 1], shared_bytes: 256 }
+}
 
 /// Standard normal, every second row eight standard deviations off zero.
 fn rows_off_zero(d: &Dims, rng: &mut ChaCha8Rng) -> HostTensor {

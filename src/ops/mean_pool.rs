@@ -51,9 +51,18 @@ const CPU: &[Kernel] = &[Kernel {
     supports: always,
 }];
 
-const PTX: &[Kernel] = &[];
+const PTX: &[Kernel] = &[ptx!("mean_pool_f32_block", a_sentence_a_block, always)];
 
-const WGSL: &[Kernel] = &[];
+/// A block of 256 threads for each sentence.
+fn a_sentence_a_block(d: &Dims) -> Launch {
+    Launch { grid: [d["S"] as u32, 1, 1], block: [256, 1, 1], shared_bytes: 0 }
+}
+
+const WGSL: &[Kernel] = &[wgsl!("mean_pool_f32_workgroup" + "exact", one_sentence_a_group, always)];
+
+fn one_sentence_a_group(d: &Dims) -> Launch {
+    Launch { grid: [d["S"] as u32, 1, 1], block: [64, 1, 1], shared_bytes: 256 }
+}
 
 /// The rows shared out among the sentences, each of which leaves some out as padding; of several the last is empty.
 fn sentences(d: &Dims, rng: &mut ChaCha8Rng) -> HostTensor {

@@ -2,6 +2,7 @@
 
 pub mod add;
 pub mod attention;
+pub mod cast;
 pub mod embedding;
 pub mod gelu;
 pub mod layernorm;
@@ -41,6 +42,7 @@ pub static OPS: &[&OpSpec] = &[
     &gelu::GELU,
     &add::ADD,
     &mean_pool::MEAN_POOL,
+    &cast::CAST,
 ];
 
 /// The op of this name for a weight format, `f32` where it has no weights. Panics when the table has no such op.

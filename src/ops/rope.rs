@@ -54,9 +54,14 @@ pub static ROPE: OpSpec = OpSpec {
 const CPU: &[Kernel] =
     &[Kernel { stem: "rope_f32_rows", source: Source::Rust(rows), act: Dtype::F32, launch: no_grid, supports: always }];
 
-const PTX: &[Kernel] = &[];
+const PTX: &[Kernel] = &[ptx!("rope_f32_warp", four_heads_a_block, always)];
 
-const WGSL: &[Kernel] = &[];
+/// A block of 128 threads holds four warps, each warp a head of a row.
+fn four_heads_a_block(d: &Dims) -> Launch {
+    Launch { grid: [d["M"] as u32, d["H"].div_ceil(4) as u32, 1], block: [128, 1, 1], shared_bytes: 0 }
+}
+
+const WGSL: &[Kernel] = &[wgsl!("rope_f32_flat", |d| flat(d["M"] * d["H"] * d["D"] / 2), always)];
 
 /// How a model's context was stretched beyond the one it was trained with.
 #[derive(Clone, Debug, PartialEq)]

@@ -56,9 +56,14 @@ const CPU: &[Kernel] = &[
     },
 ];
 
-const PTX: &[Kernel] = &[];
+const PTX: &[Kernel] = &[ptx!("swiglu_f32_vec4", four_elements_a_thread, always)];
 
-const WGSL: &[Kernel] = &[];
+/// A block of 256 threads takes 1024 elements.
+fn four_elements_a_thread(d: &Dims) -> Launch {
+    Launch { grid: [(d["M"] * d["F"]).div_ceil(1024) as u32, 1, 1], block: [256, 1, 1], shared_bytes: 0 }
+}
+
+const WGSL: &[Kernel] = &[wgsl!("swiglu_f32_flat" + "exact", |d| flat(d["M"] * d["F"]), always)];
 
 /// Normal of standard deviation 1, 5 and 40 in turn, no farther than 100 from zero: sigmoid's slope and both its ends.
 fn gates_near_and_far(d: &Dims, rng: &mut ChaCha8Rng) -> HostTensor {

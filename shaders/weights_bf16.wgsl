@@ -1,0 +1,10 @@
+// weights_bf16: W[N,K] in bf16, appended to the kernels that read it     format: src/quant/mod.rs
+
+@group(0) @binding(1) var<storage, read> w: array<u32>;                 // [N,K], two to a word; a word may lie in two rows
+
+/// W[n,k]: the upper half of an f32.
+fn weight(n: u32, k: u32) -> f32 {
+    let i = n * p.K + k;
+    let pair = w[i / 2u];
+    return bitcast<f32>(select(pair << 16u, pair & 0xffff0000u, i % 2u == 1u));
+}

@@ -1,0 +1,10 @@
+// weights_f16: W[N,K] in f16, appended to the kernels that read it     format: src/quant/mod.rs
+
+@group(0) @binding(1) var<storage, read> w: array<u32>;                 // [N,K], two to a word; a word may lie in two rows
+
+/// W[n,k].
+fn weight(n: u32, k: u32) -> f32 {
+    let i = n * p.K + k;
+    let pair = unpack2x16float(w[i / 2u]);
+    return select(pair.x, pair.y, i % 2u == 1u);
+}
