@@ -124,6 +124,9 @@ unsafe extern "C" fn cuLaunchKernel(
     if stream != STREAM || params.is_null() || !extra.is_null() || !(plain || shared <= function.opted) {
         return done(INVALID_VALUE, call);
     }
+    if pretends("idle").is_some() {
+        return done(SUCCESS, call);
+    }
     let mut arguments = Vec::new();
     for (i, declared) in function.entry.params.iter().enumerate() {
         // SAFETY: the caller gave a pointer for each parameter, to as many bytes as it has.
