@@ -4,7 +4,7 @@
 //!
 //! `FAKE_CUDA` is a list of what to pretend, separated by commas: `old_driver`, `no_device`, `broken_driver`,
 //! `old_card`, `two_cards`, `no_pool`, `bytes=N` (the card's memory), `no_resources` (launches are refused), `idle`
-//! (launches do nothing). `FAKE_CUDA_LOG` names a file that each call adds a line to.
+//! (launches do nothing), `only=STEM` (launches of other kernels do nothing). `FAKE_CUDA_LOG` names a file that each call adds a line to.
 
 mod memory;
 mod module;
