@@ -1,11 +1,19 @@
-//! `qmatmul` in PTX:
+//! `qmatmul` in PTX, up to three rungs a format:
 //!
 //! | variant | idea | for |
 //! | --- | --- | --- |
 //! | `naive` | one output a thread | reading |
 //! | `warp` | a warp streams two rows of W once past all rows of x, which lie in shared memory | M <= 16 |
+//! | `mma` | tensor cores; x in bf16, W decoded to bf16 in registers | many tokens |
+//!
+//! How much of the tolerance `mma` uses: let u = 2^-8, the unit roundoff of bf16. x is exact, being the input; a weight
+//! is decoded in f32 and rounded once, so each term x·w is off by at most u·|x·w|, and decoding, scale, bias and the
+//! low-rank term are f32 work, of 2^-24. The tensor cores add products exact in f32, each sum off by at most 2^-22
+//! (they may truncate where f32 rounds): K sums by K·2^-14·u, below u for K up to 2^14. So even when no two errors
+//! cancel, two of the sqrt(K + R) + 6 roundings of u are enough.
 
 use crate::op::*;
+use crate::tensor::Dtype;
 
 pub const KERNELS_F32: &[Kernel] = &[
     ptx!("qmatmul_f32_naive", row_by_columns, columns_fit),
@@ -19,16 +27,31 @@ pub const KERNELS_BF16: &[Kernel] = &[
     ptx!("qmatmul_bf16_naive", row_by_columns, columns_fit),
     ptx!("qmatmul_bf16_warp", sixteen_rows_of_w, few_rows_of_8),
 ];
-pub const KERNELS_Q4: &[Kernel] =
-    &[ptx!("qmatmul_q4_naive", row_by_columns, columns_fit), ptx!("qmatmul_q4_warp", sixteen_rows_of_w, few_rows)];
-pub const KERNELS_Q8: &[Kernel] =
-    &[ptx!("qmatmul_q8_naive", row_by_columns, columns_fit), ptx!("qmatmul_q8_warp", sixteen_rows_of_w, few_rows)];
-pub const KERNELS_NF4: &[Kernel] =
-    &[ptx!("qmatmul_nf4_naive", row_by_columns, columns_fit), ptx!("qmatmul_nf4_warp", sixteen_rows_of_w, few_rows)];
+pub const KERNELS_Q4: &[Kernel] = &[
+    ptx!("qmatmul_q4_naive", row_by_columns, columns_fit),
+    ptx!("qmatmul_q4_warp", sixteen_rows_of_w, few_rows),
+    tensor_cores(ptx!("qmatmul_q4_mma", tiles, whole_vectors)),
+];
+pub const KERNELS_Q8: &[Kernel] = &[
+    ptx!("qmatmul_q8_naive", row_by_columns, columns_fit),
+    ptx!("qmatmul_q8_warp", sixteen_rows_of_w, few_rows),
+    tensor_cores(ptx!("qmatmul_q8_mma", tiles, columns_fit)),
+];
+pub const KERNELS_NF4: &[Kernel] = &[
+    ptx!("qmatmul_nf4_naive", row_by_columns, columns_fit),
+    ptx!("qmatmul_nf4_warp", sixteen_rows_of_w, few_rows),
+    tensor_cores(ptx!("qmatmul_nf4_mma", tiles, columns_fit)),
+];
 pub const KERNELS_NF4DQ: &[Kernel] = &[
     ptx!("qmatmul_nf4dq_naive", row_by_columns, columns_fit),
     ptx!("qmatmul_nf4dq_warp", sixteen_rows_of_w, few_rows),
+    tensor_cores(ptx!("qmatmul_nf4dq_mma", tiles, columns_fit)),
 ];
+
+/// The same with activations in bf16.
+const fn tensor_cores(kernel: Kernel) -> Kernel {
+    Kernel { act: Dtype::BF16, ..kernel }
+}
 
 /// `naive`: a block is one row of x and 128 rows of W.
 fn row_by_columns(d: &Dims) -> Launch {
@@ -58,10 +81,20 @@ fn few_rows(d: &Dims, _: &Caps) -> bool {
 
 /// Rows of f32 begin at multiples of 16 bytes.
 fn few_rows_of_4(d: &Dims, caps: &Caps) -> bool {
-    few_rows(d, caps) && d["K"] % 4 == 0
+    few_rows(d, caps) && d["K"].is_multiple_of(4)
 }
 
 /// Rows of 16-bit weights begin at multiples of 16 bytes.
 fn few_rows_of_8(d: &Dims, caps: &Caps) -> bool {
-    few_rows(d, caps) && d["K"] % 8 == 0
+    few_rows(d, caps) && d["K"].is_multiple_of(8)
+}
+
+/// `mma`: tiles of 64 rows of x by 128 rows of W.
+fn tiles(d: &Dims) -> Launch {
+    Launch { grid: [d["M"].div_ceil(64) as u32, d["N"].div_ceil(128) as u32, 1], block: [128, 1, 1], shared_bytes: 0 }
+}
+
+/// Rows of 4-bit codes begin at multiples of 16 bytes: all but groups of 16 in odd number see to that.
+fn whole_vectors(d: &Dims, caps: &Caps) -> bool {
+    columns_fit(d, caps) && d["K"].is_multiple_of(32)
 }
