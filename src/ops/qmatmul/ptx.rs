@@ -3,7 +3,7 @@
 //! | variant | idea | for |
 //! | --- | --- | --- |
 //! | `naive` | one output a thread | reading |
-//! | `warp` | a warp streams two rows of W once past all rows of x, which lie in shared memory | M <= 16 |
+//! | `warp` | a warp streams two rows of W once past 16 rows of x, which lie in shared memory | few tokens |
 //! | `mma` | tensor cores; x in bf16, W decoded to bf16 in registers | many tokens |
 //!
 //! How much of the tolerance `mma` uses: let u = 2^-8, the unit roundoff of bf16. x is exact, being the input; a weight
@@ -17,34 +17,34 @@ use crate::tensor::Dtype;
 
 pub const KERNELS_F32: &[Kernel] = &[
     ptx!("qmatmul_f32_naive", row_by_columns, columns_fit),
-    ptx!("qmatmul_f32_warp", sixteen_rows_of_w, few_rows_of_4),
+    ptx!("qmatmul_f32_warp", sixteen_by_sixteen, rows_of_4_fit),
 ];
 pub const KERNELS_F16: &[Kernel] = &[
     ptx!("qmatmul_f16_naive", row_by_columns, columns_fit),
-    ptx!("qmatmul_f16_warp", sixteen_rows_of_w, few_rows_of_8),
+    ptx!("qmatmul_f16_warp", sixteen_by_sixteen, rows_of_8_fit),
 ];
 pub const KERNELS_BF16: &[Kernel] = &[
     ptx!("qmatmul_bf16_naive", row_by_columns, columns_fit),
-    ptx!("qmatmul_bf16_warp", sixteen_rows_of_w, few_rows_of_8),
+    ptx!("qmatmul_bf16_warp", sixteen_by_sixteen, rows_of_8_fit),
 ];
 pub const KERNELS_Q4: &[Kernel] = &[
     ptx!("qmatmul_q4_naive", row_by_columns, columns_fit),
-    ptx!("qmatmul_q4_warp", sixteen_rows_of_w, few_rows),
+    ptx!("qmatmul_q4_warp", sixteen_by_sixteen, rows_fit),
     tensor_cores(ptx!("qmatmul_q4_mma", tiles, whole_vectors)),
 ];
 pub const KERNELS_Q8: &[Kernel] = &[
     ptx!("qmatmul_q8_naive", row_by_columns, columns_fit),
-    ptx!("qmatmul_q8_warp", sixteen_rows_of_w, few_rows),
+    ptx!("qmatmul_q8_warp", sixteen_by_sixteen, rows_fit),
     tensor_cores(ptx!("qmatmul_q8_mma", tiles, columns_fit)),
 ];
 pub const KERNELS_NF4: &[Kernel] = &[
     ptx!("qmatmul_nf4_naive", row_by_columns, columns_fit),
-    ptx!("qmatmul_nf4_warp", sixteen_rows_of_w, few_rows),
+    ptx!("qmatmul_nf4_warp", sixteen_by_sixteen, rows_fit),
     tensor_cores(ptx!("qmatmul_nf4_mma", tiles, columns_fit)),
 ];
 pub const KERNELS_NF4DQ: &[Kernel] = &[
     ptx!("qmatmul_nf4dq_naive", row_by_columns, columns_fit),
-    ptx!("qmatmul_nf4dq_warp", sixteen_rows_of_w, few_rows),
+    ptx!("qmatmul_nf4dq_warp", sixteen_by_sixteen, rows_fit),
     tensor_cores(ptx!("qmatmul_nf4dq_mma", tiles, columns_fit)),
 ];
 
@@ -63,30 +63,33 @@ fn columns_fit(d: &Dims, _: &Caps) -> bool {
     d["N"].div_ceil(128) <= 65_535
 }
 
-/// Most rows of x that `warp` takes: their sums and two steps of their columns fill the shared memory of a block.
-const MAX_ROWS: usize = 16;
+/// Rows of x that a block of `warp` takes: their sums and two steps of their columns fill its shared memory.
+const ROWS: usize = 16;
 /// Shared memory of `warp` for each row of x: two buffers of 512 columns, and two sums for each of 256 threads.
 const ROW_BYTES: usize = 2 * 512 * 4 + 256 * 8;
 
-/// `warp`: eight warps of two rows of W each.
-fn sixteen_rows_of_w(d: &Dims) -> Launch {
-    let shared_bytes = (d["M"] * ROW_BYTES) as u32;
-    Launch { grid: [d["N"].div_ceil(16) as u32, 1, 1], block: [256, 1, 1], shared_bytes }
+/// `warp`: 16 rows of x by eight warps of two rows of W each.
+fn sixteen_by_sixteen(d: &Dims) -> Launch {
+    Launch {
+        grid: [d["M"].div_ceil(ROWS) as u32, d["N"].div_ceil(16) as u32, 1],
+        block: [256, 1, 1],
+        shared_bytes: (d["M"].min(ROWS) * ROW_BYTES) as u32,
+    }
 }
 
 /// Packed rows begin at a multiple of what a lane loads at once: their groups see to that.
-fn few_rows(d: &Dims, _: &Caps) -> bool {
-    d["M"] <= MAX_ROWS
+fn rows_fit(d: &Dims, _: &Caps) -> bool {
+    d["N"].div_ceil(16) <= 65_535
 }
 
 /// Rows of f32 begin at multiples of 16 bytes.
-fn few_rows_of_4(d: &Dims, caps: &Caps) -> bool {
-    few_rows(d, caps) && d["K"].is_multiple_of(4)
+fn rows_of_4_fit(d: &Dims, caps: &Caps) -> bool {
+    rows_fit(d, caps) && d["K"].is_multiple_of(4)
 }
 
 /// Rows of 16-bit weights begin at multiples of 16 bytes.
-fn few_rows_of_8(d: &Dims, caps: &Caps) -> bool {
-    few_rows(d, caps) && d["K"].is_multiple_of(8)
+fn rows_of_8_fit(d: &Dims, caps: &Caps) -> bool {
+    rows_fit(d, caps) && d["K"].is_multiple_of(8)
 }
 
 /// `mma`: tiles of 64 rows of x by 128 rows of W.
