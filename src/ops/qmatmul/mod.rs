@@ -63,6 +63,7 @@ const PLAIN_CASES: &[Case] = &[
     case_with(&[65, 7, 257, 7, 0, 0, 8], &[2.0], "one past a power of two, rank 8"),
     case_with(&[1, 257, 576, 257, 0, 1, 0], &[0.0], "one token, odd rows"),
     case_with(&[257, 65, 33, 65, 0, 0, 0], &[0.0], "many tokens, few columns"),
+    case_with(&[16, 70, 1096, 70, 0, 1, 3], &[0.5], "16 rows, columns past two steps of 512"),
     case_with(&[5, 384, 1536, 384, 0, 1, 0], &[0.0], "MiniLM's second feed-forward matrix"),
 ];
 const Q4_CASES: &[Case] = &[
@@ -72,6 +73,10 @@ const Q4_CASES: &[Case] = &[
     case_with(&[65, 7, 256, 7, 0, 0, 8, 64, 1], &[2.0], "groups of 64, f32 scales, rank 8"),
     case_with(&[2, 257, 384, 257, 0, 1, 33, 128, 0], &[1.0], "groups of 128, odd rank"),
     case_with(&[1, 257, 288, 257, 0, 0, 0, 32, 1], &[0.0], "one token, nine groups, f32 scales"),
+    case_with(&[130, 136, 192, 136, 0, 0, 0, 16, 0], &[0.0], "past tiles of 64 and 128, groups of 16, f16 scales"),
+    case_with(&[66, 130, 96, 131, 1, 1, 20, 16, 1], &[0.5], "half a tile of columns left over, rank 20"),
+    case_with(&[17, 129, 256, 129, 0, 0, 0, 128, 1], &[0.0], "groups of 128, f32 scales"),
+    case_with(&[16, 70, 1088, 70, 0, 1, 3, 64, 0], &[0.5], "16 rows, columns past two steps of 512, groups of 64"),
     case_with(&[33, 192, 576, 192, 0, 0, 0, 32, 0], &[0.0], "SmolLM2-135M's keys"),
     case_with(&[1, 576, 1536, 576, 0, 0, 0, 32, 0], &[0.0], "SmolLM2-135M's down projection, one token"),
 ];
@@ -82,6 +87,10 @@ const Q8_CASES: &[Case] = &[
     case_with(&[65, 7, 256, 7, 0, 0, 8, 32, 1, 1], &[2.0], "f32 scales and mins, as Q5_K becomes"),
     case_with(&[2, 257, 384, 257, 0, 1, 33, 128, 0, 1], &[1.0], "groups of 128 with f16 mins, odd rank"),
     case_with(&[1, 257, 288, 257, 0, 0, 0, 32, 0, 0], &[0.0], "one token, nine groups"),
+    case_with(&[130, 136, 192, 136, 0, 0, 0, 16, 0, 1], &[0.0], "past tiles of 64 and 128, groups of 16, f16 mins"),
+    case_with(&[66, 130, 80, 131, 1, 1, 20, 16, 1, 1], &[0.5], "a quarter of a tile of columns left over, rank 20"),
+    case_with(&[17, 129, 256, 129, 0, 0, 0, 128, 1, 0], &[0.0], "groups of 128, f32 scales"),
+    case_with(&[16, 70, 1088, 70, 0, 1, 3, 64, 0, 0], &[0.5], "16 rows, columns past two steps of 512, groups of 64"),
     case_with(&[1, 768, 576, 768, 0, 0, 0, 32, 0, 0], &[0.0], "a slice of SmolLM2-135M's head"),
 ];
 const NF4_CASES: &[Case] = &[
@@ -89,6 +98,9 @@ const NF4_CASES: &[Case] = &[
     case_with(&[7, 33, 192, 40, 7, 1, 1], &[0.5], "tails, part of a wider y, bias, rank 1"),
     case_with(&[65, 7, 320, 7, 0, 0, 8], &[2.0], "rank 8"),
     case_with(&[1, 257, 576, 257, 0, 1, 0], &[0.0], "one token, nine blocks; a nested block ends inside a row"),
+    case_with(&[130, 136, 192, 136, 0, 0, 0], &[0.0], "past tiles of 64 and 128"),
+    case_with(&[66, 130, 320, 131, 1, 1, 20], &[0.5], "rank 20, part of a wider y"),
+    case_with(&[16, 70, 1088, 70, 0, 1, 3], &[0.5], "16 rows, columns past two steps of 512"),
     case_with(&[33, 192, 576, 192, 0, 0, 0], &[0.0], "SmolLM2-135M's keys"),
 ];
 
