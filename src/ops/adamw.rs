@@ -88,7 +88,7 @@ pub static ADAMW: OpSpec = OpSpec {
 };
 
 const NORM_CPU: &[Kernel] = &[rust("squared_norm_f32_parts", parts, always)];
-const NORM_PTX: &[Kernel] = &[];
+const NORM_PTX: &[Kernel] = &[ptx!("squared_norm_f32_block", a_part_a_block, always)];
 const NORM_WGSL: &[Kernel] = &[];
 
 const CPU: &[Kernel] = &[
@@ -96,8 +96,18 @@ const CPU: &[Kernel] = &[
     #[cfg(target_arch = "x86_64")]
     rust("adamw_f32_chunks_avx2", |d, args| in_chunks(d, args, update_avx2), has_avx2),
 ];
-const PTX: &[Kernel] = &[];
+const PTX: &[Kernel] = &[ptx!("adamw_f32_vec4", four_elements_a_thread, always)];
 const WGSL: &[Kernel] = &[];
+
+/// A block of 512 threads for each part.
+fn a_part_a_block(d: &Dims) -> Launch {
+    Launch { grid: [d["P"] as u32, 1, 1], block: [512, 1, 1], shared_bytes: 0 }
+}
+
+/// A block of 256 threads takes 1024 elements.
+fn four_elements_a_thread(d: &Dims) -> Launch {
+    Launch { grid: [d["N"].div_ceil(1024) as u32, 1, 1], block: [256, 1, 1], shared_bytes: 0 }
+}
 
 /// What AdamW is told once.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -55,7 +55,12 @@ const CPU: &[Kernel] = &[
     rust("cross_entropy_f32_rows_avx512", |d, args| rows(d, args, row_avx512), has_avx512),
 ];
 
-const PTX: &[Kernel] = &[];
+const PTX: &[Kernel] = &[ptx!("cross_entropy_f32_block", a_row_a_block, always)];
+
+/// A block of 512 threads for each row.
+fn a_row_a_block(d: &Dims) -> Launch {
+    Launch { grid: [d["M"] as u32, 1, 1], block: [512, 1, 1], shared_bytes: 0 }
+}
 
 const WGSL: &[Kernel] = &[];
 

@@ -54,7 +54,12 @@ const CPU: &[Kernel] = &[
     rust("dropout_f32_rows_avx2", |d, args| rows(d, args, one_row_avx2), has_avx2),
 ];
 
-const PTX: &[Kernel] = &[];
+const PTX: &[Kernel] = &[ptx!("dropout_f32_warp", four_rows_a_block, always)];
+
+/// A block of 128 threads holds four warps, each warp one row.
+fn four_rows_a_block(d: &Dims) -> Launch {
+    Launch { grid: [d["M"].div_ceil(4) as u32, 1, 1], block: [128, 1, 1], shared_bytes: 0 }
+}
 
 const WGSL: &[Kernel] = &[];
 

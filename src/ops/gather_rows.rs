@@ -38,7 +38,12 @@ pub static GATHER_ROWS: OpSpec = OpSpec {
 
 const CPU: &[Kernel] = &[rust("gather_rows_f32_rows", rows, always)];
 
-const PTX: &[Kernel] = &[];
+const PTX: &[Kernel] = &[ptx!("gather_rows_f32_warp", four_rows_a_block, always)];
+
+/// A block of 128 threads holds four warps, each warp one row.
+fn four_rows_a_block(d: &Dims) -> Launch {
+    Launch { grid: [d["N"].div_ceil(4) as u32, 1, 1], block: [128, 1, 1], shared_bytes: 0 }
+}
 
 const WGSL: &[Kernel] = &[];
 

@@ -51,7 +51,12 @@ const CPU: &[Kernel] = &[
     rust("rmsnorm_backward_f32_rows_avx512", |d, args| rows(d, args, Simd::Avx512), has_avx512),
 ];
 
-const PTX: &[Kernel] = &[];
+const PTX: &[Kernel] = &[ptx!("rmsnorm_backward_f32_warp", four_rows_a_block, always)];
+
+/// A block of 128 threads holds four warps, each warp one row.
+fn four_rows_a_block(d: &Dims) -> Launch {
+    Launch { grid: [d["M"].div_ceil(4) as u32, 1, 1], block: [128, 1, 1], shared_bytes: 0 }
+}
 
 const WGSL: &[Kernel] = &[];
 

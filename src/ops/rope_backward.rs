@@ -51,7 +51,12 @@ pub static ROPE_BACKWARD: OpSpec = OpSpec {
 
 const CPU: &[Kernel] = &[rust("rope_backward_f32_rows", rows, always)];
 
-const PTX: &[Kernel] = &[];
+const PTX: &[Kernel] = &[ptx!("rope_backward_f32_warp", four_heads_a_block, always)];
+
+/// A block of 128 threads holds four warps, each warp a head of a row.
+fn four_heads_a_block(d: &Dims) -> Launch {
+    Launch { grid: [d["M"] as u32, d["H"].div_ceil(4) as u32, 1], block: [128, 1, 1], shared_bytes: 0 }
+}
 
 const WGSL: &[Kernel] = &[];
 

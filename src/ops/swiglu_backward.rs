@@ -49,7 +49,12 @@ const CPU: &[Kernel] = &[
     rust("swiglu_backward_f32_chunks_avx2", |d, args| in_chunks(d, args, chunk_avx2), has_avx2),
 ];
 
-const PTX: &[Kernel] = &[];
+const PTX: &[Kernel] = &[ptx!("swiglu_backward_f32_vec4", four_elements_a_thread, always)];
+
+/// A block of 256 threads takes 1024 elements.
+fn four_elements_a_thread(d: &Dims) -> Launch {
+    Launch { grid: [(d["M"] * d["F"]).div_ceil(1024) as u32, 1, 1], block: [256, 1, 1], shared_bytes: 0 }
+}
 
 const WGSL: &[Kernel] = &[];
 
