@@ -13,12 +13,17 @@ mod tiny_decoders;
 #[path = "models/written.rs"]
 mod written;
 
-use handmill::device::{cpu::Cpu, Device};
+use handmill::device::{cpu::Cpu, ptx_sim::PtxSim, Device};
 use std::sync::Arc;
 
 /// The device the tests run on.
 pub fn device() -> Arc<dyn Device> {
     Arc::new(Cpu::new())
+}
+
+/// The PTX kernels, every access checked.
+pub fn ptx_sim() -> Arc<dyn Device> {
+    Arc::new(PtxSim::new())
 }
 
 /// Largest |got − expected| over the largest |expected|.

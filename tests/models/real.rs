@@ -2,9 +2,10 @@
 //! reference in f64 and its published similarities.
 
 use super::reference::{minilm, Weights};
-use super::{device, worst};
+use super::{device, ptx_sim, worst};
+use handmill::model::checkpoint::Checkpoint;
 use handmill::model::generate::{Embedder, Ending, GenerateOptions, LanguageModel};
-use handmill::model::llama::Want;
+use handmill::model::llama::{Llama, Want};
 use handmill::model::sampler::SamplerSettings;
 use handmill::model::weights::LoadOptions;
 use rayon::prelude::*;
@@ -252,6 +253,38 @@ fn batches_do_not_mix_their_sentences() {
     assert!(error.contains("sentence 1") && error.contains("1 to 512"), "{error}");
     let error = embedder.bert.embed(&[vec![101, 30522]]).unwrap_err().to_string();
     assert!(error.contains("sentence 0") && error.contains("30522"), "{error}");
+}
+
+#[test]
+fn two_layers_of_smollm2_through_the_ptx_kernels() {
+    let checkpoint = Checkpoint::open(&model("smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")).unwrap();
+    let options = LoadOptions { layers: Some(2), ..LoadOptions::default() };
+    let ids = ids(&prompts()[0]["ids"]);
+    // A prompt, then a token by itself: kernels for many rows and for one.
+    let [expected, got] = [device(), ptx_sim()].map(|device| {
+        let llama = Llama::load(device, &checkpoint, &options).unwrap();
+        assert_eq!(llama.layers.len(), 2);
+        let mut session = llama.session(ids.len() + 1).unwrap();
+        let mut logits = llama.forward(&mut session, &ids, Want::Last).unwrap().to_vec();
+        logits.extend(llama.forward(&mut session, &[7], Want::Last).unwrap());
+        logits
+    });
+    let expected: Vec<f64> = expected.iter().map(|&v| v as f64).collect();
+    // The sums of at most 1536 terms are off by sqrt(1536)·2⁻²⁴ = 2.3e-6 of them; a pass of two layers chains fifteen,
+    // whose errors are independent: 9e-6 of the largest logit, and two passes differ by at most both.
+    let error = worst(&got, &expected);
+    assert!(error < 2e-5, "logits of the executor and the CPU differ by {error:e}");
+}
+
+#[test]
+fn minilm_through_the_ptx_kernels() {
+    let lines = ["The weather is lovely today.", "It's so sunny outside!"];
+    let expected = minilm_embedder().embed_lines(&lines).unwrap();
+    let got =
+        Embedder::open(&model("minilm"), ptx_sim(), &LoadOptions::default()).unwrap().embed_lines(&lines).unwrap();
+    // Each is within 1e-5 of the reference in f64.
+    let off = got.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(off < 2e-5, "vectors of the executor and the CPU differ by {off:e}");
 }
 
 #[test]
