@@ -21,6 +21,7 @@ pub mod rmsnorm_backward;
 pub mod rope;
 pub mod rope_backward;
 pub mod simd;
+mod skinny;
 pub mod swiglu;
 pub mod swiglu_backward;
 mod team;
