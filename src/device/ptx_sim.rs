@@ -50,6 +50,7 @@ impl PtxSim {
             simd: Simd::Portable,
             sm: 80,
             f16: true,
+            software: false,
             subgroup: (32, 32),
             shared_bytes: 163 << 10,
             max_binding: 1 << 32,
