@@ -22,16 +22,6 @@ fn add2(acc: vec4<f32>, x: vec4<f32>, w: Eight) -> vec4<f32> {
 fn add3(acc: vec4<f32>, x: vec4<f32>, w: Eight) -> vec4<f32> {
     return add(acc, subgroupBroadcast(x, 6u), subgroupBroadcast(x, 7u), w);
 }
-fn add(acc: vec4<f32>, a: vec4<f32>, b: vec4<f32>, w: Eight) -> vec4<f32> {
-    var sum = fma(vec4<f32>(a.x), w.k0, acc);
-    sum = fma(vec4<f32>(a.y), w.k1, sum);
-    sum = fma(vec4<f32>(a.z), w.k2, sum);
-    sum = fma(vec4<f32>(a.w), w.k3, sum);
-    sum = fma(vec4<f32>(b.x), w.k4, sum);
-    sum = fma(vec4<f32>(b.y), w.k5, sum);
-    sum = fma(vec4<f32>(b.z), w.k6, sum);
-    return fma(vec4<f32>(b.w), w.k7, sum);
-}
 
 /// y[m, n], n + 16, n + 32, n + 48, as far as they exist.
 fn store(m: u32, n: u32, sum: vec4<f32>) {

@@ -1,6 +1,6 @@
-// qmatmul_f32_broadcast: y[M,N] = x[M,K] · deq(W[N,K])ᵀ + bias[N] + s · S[M,R] · B[N,R]ᵀ     contract: src/ops/qmatmul/mod.rs
-// grid   ceil(N/64), ceil(M/16)     block 16 = four columns an invocation, 16 rows all
-// smem   0 B               features subgroups of 8 or more
+// qmatmul_f32_broadcast: y[M,N] = x[M,K] · deq(W[N,K])ᵀ + bias[N] + s·S·Bᵀ     contract: src/ops/qmatmul/mod.rs
+// grid   ceil(N/64), ceil(M/16)     block 16 = four columns an invocation, 16 rows; subgroups of 8 or more
+// smem   0 B               features subgroups
 // reads  N/64 · 4MK + M/16 · (4NK) B      writes 4MN B       bound: arithmetic
 // idea   for processors that play a graphics card: shaders/qmatmul_broadcast.wgsl tells it
 

@@ -1,6 +1,6 @@
 // weights_f16_x4: four rows of W in f16 at a time, 32 columns of each; weights_x4 follows
 
-@group(0) @binding(1) var<storage, read> w_x4: array<vec4<u32>>;        // f16[N,K], eight to a vec4, the first lowest
+@group(0) @binding(1) var<storage, read> w: array<vec4<u32>>;           // f16[N,K], eight to a vec4, the first lowest
 
 /// Where the four rows' columns begin.
 struct Chunk { at: vec4<u32> }
@@ -9,11 +9,11 @@ fn read_chunk(n: vec4<u32>, c: u32) -> Chunk {
     return Chunk(n * (p.K / 8u) + c * 4u);
 }
 
-fn decode_eight(w: Chunk, s: u32) -> Eight {
-    let a = w_x4[w.at.x + s];
-    let b = w_x4[w.at.y + s];
-    let c = w_x4[w.at.z + s];
-    let d = w_x4[w.at.w + s];
+fn decode_eight(chunk: Chunk, s: u32) -> Eight {
+    let a = w[chunk.at.x + s];
+    let b = w[chunk.at.y + s];
+    let c = w[chunk.at.z + s];
+    let d = w[chunk.at.w + s];
     let w01 = vec4<u32>(a.x, b.x, c.x, d.x);
     let w23 = vec4<u32>(a.y, b.y, c.y, d.y);
     let w45 = vec4<u32>(a.z, b.z, c.z, d.z);

@@ -1,6 +1,6 @@
-// weights_nf4_x4: four rows of W in nf4 at a time, 32 columns of each; weights_nf4 and weights_x4 follow
+// weights_nf4_x4: four rows of W in nf4 at a time, 32 columns of each; weights_nf4_scales and weights_x4 follow
 
-@group(0) @binding(1) var<storage, read> codes_x4: array<vec4<u32>>;    // u4[N,K], of a byte's two the first in its high half
+@group(0) @binding(1) var<storage, read> codes: array<vec4<u32>>;       // u4[N,K], of a byte's two the first in its high half
 
 struct Chunk { a: vec4<u32>, b: vec4<u32>, c: vec4<u32>, d: vec4<u32>, scale: vec4<f32> }
 
@@ -8,7 +8,7 @@ fn read_chunk(n: vec4<u32>, c: u32) -> Chunk {
     let i = n * (p.K / 32u) + c;
     let g = i / 2u;
     return Chunk(
-        codes_x4[i.x], codes_x4[i.y], codes_x4[i.z], codes_x4[i.w],
+        codes[i.x], codes[i.y], codes[i.z], codes[i.w],
         vec4<f32>(block_absmax(g.x), block_absmax(g.y), block_absmax(g.z), block_absmax(g.w)),
     );
 }
