@@ -2,7 +2,7 @@
 //
 // K is a multiple of 64, so a word of codes lies in one row and one block.
 
-@group(0) @binding(1) var<storage, read> codes: array<u32>;             // u4[N,K], of a byte's two the first in its high half
+@group(0) @binding(1) var<storage, read> codes: array<u32>;             // u4[N,K], a byte's first one high
 @group(0) @binding(2) var<storage, read> absmax: array<f32>;            // [N,K/64]
 
 /// The level of a code: four rounds of choosing one of two, as an array in registers would go to memory.

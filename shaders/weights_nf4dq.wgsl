@@ -2,9 +2,9 @@
 //
 // K is a multiple of 64, so a word of codes lies in one row and one block; nested blocks run on through the rows.
 
-@group(0) @binding(1) var<storage, read> codes: array<u32>;             // u4[N,K], of a byte's two the first in its high half
+@group(0) @binding(1) var<storage, read> codes: array<u32>;             // u4[N,K], a byte's first one high
 @group(0) @binding(2) var<storage, read> absmax: array<u32>;            // u8[N,K/64], four to a word
-@group(0) @binding(3) var<storage, read> map: array<f32>;               // [256], values of absmax's codes
+@group(0) @binding(3) var<storage, read> code: array<f32>;              // [256], values of absmax's codes
 @group(0) @binding(4) var<storage, read> absmax2: array<f32>;           // [N*K/64/256]
 @group(0) @binding(5) var<storage, read> offset: array<f32>;            // [1]
 
@@ -22,8 +22,8 @@ fn level(code: u32) -> f32 {
 
 /// Absmax of block i, blocks counted through the matrix.
 fn block_absmax(i: u32) -> f32 {
-    let code = (absmax[i / 4u] >> (i % 4u * 8u)) & 255u;
-    return fma(map[code], absmax2[i / 256u], offset[0]);
+    let small = (absmax[i / 4u] >> (i % 4u * 8u)) & 255u;
+    return fma(code[small], absmax2[i / 256u], offset[0]);
 }
 
 /// W[n,k].
