@@ -1,6 +1,6 @@
 // weights_f16: W[N,K] in f16, appended to the kernels that read it     format: src/quant/mod.rs
 
-@group(0) @binding(1) var<storage, read> w: array<u32>;                 // [N,K], two to a word; a word may lie in two rows
+@group(0) @binding(1) var<storage, read> w: array<u32>;                 // [N,K], two to a word, or of two rows
 
 /// W[n,k].
 fn weight(n: u32, k: u32) -> f32 {

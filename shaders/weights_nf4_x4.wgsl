@@ -1,6 +1,6 @@
 // weights_nf4_x4: four rows of W in nf4 at a time, 32 columns of each; weights_nf4_scales and weights_x4 follow
 
-@group(0) @binding(1) var<storage, read> codes: array<vec4<u32>>;       // u4[N,K], of a byte's two the first in its high half
+@group(0) @binding(1) var<storage, read> codes: array<vec4<u32>>;       // u4[N,K], a byte's first one high
 
 struct Chunk { a: vec4<u32>, b: vec4<u32>, c: vec4<u32>, d: vec4<u32>, scale: vec4<f32> }
 

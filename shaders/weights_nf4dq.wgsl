@@ -2,7 +2,7 @@
 //
 // K is a multiple of 64, so a word of codes lies in one row and one block; nested blocks run on through the rows.
 
-@group(0) @binding(1) var<storage, read> codes: array<u32>;             // u4[N,K], of a byte's two the first in its high half
+@group(0) @binding(1) var<storage, read> codes: array<u32>;             // u4[N,K], a byte's first one high
 
 /// W[n,k].
 fn weight(n: u32, k: u32) -> f32 {

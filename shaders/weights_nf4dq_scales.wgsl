@@ -1,7 +1,7 @@
 // weights_nf4dq_scales: levels and a block's absmax, of the files that decode nf4dq     format: src/quant/nf4.rs
 
 @group(0) @binding(2) var<storage, read> absmax: array<u32>;            // u8[N,K/64], four to a word
-@group(0) @binding(3) var<storage, read> map: array<f32>;               // [256], values of absmax's codes
+@group(0) @binding(3) var<storage, read> code: array<f32>;              // [256], values of absmax's codes
 @group(0) @binding(4) var<storage, read> absmax2: array<f32>;           // [N*K/64/256]
 @group(0) @binding(5) var<storage, read> offset: array<f32>;            // [1]
 
@@ -19,6 +19,6 @@ fn level(code: u32) -> f32 {
 
 /// Absmax of block i, blocks counted through the matrix.
 fn block_absmax(i: u32) -> f32 {
-    let code = (absmax[i / 4u] >> (i % 4u * 8u)) & 255u;
-    return fma(map[code], absmax2[i / 256u], offset[0]);
+    let small = (absmax[i / 4u] >> (i % 4u * 8u)) & 255u;
+    return fma(code[small], absmax2[i / 256u], offset[0]);
 }

@@ -2,7 +2,8 @@
 
 use super::reference::{decoder, Shape, Weights};
 use super::tiny::{self, Blocks, LLAMA};
-use super::{device, worst};
+use super::{device, devices, worst};
+use handmill::device::Device;
 use handmill::model::checkpoint::Checkpoint;
 use handmill::model::llama::{Llama, Want};
 use handmill::model::weights::LoadOptions;
@@ -10,6 +11,7 @@ use handmill::quant::Format;
 use handmill::tensor::Dtype;
 use handmill::Error;
 use std::path::Path;
+use std::sync::Arc;
 
 /// An f32 pass against an f64 one. Sums here have at most 1024 terms; independent roundings of 2⁻²⁴ grow as the root of
 /// their number, so a product is off by 2e-6 of its terms. A pass chains a dozen products, whose errors are independent
@@ -19,7 +21,11 @@ const TOLERANCE: f64 = 1e-5;
 const IDS: [u32; 13] = [1, 99, 0, 42, 7, 7, 63, 12, 5, 88, 31, 2, 77];
 
 fn load(path: &Path, options: &LoadOptions) -> Llama {
-    Llama::load(device(), &Checkpoint::open(path).unwrap(), options).unwrap()
+    load_on(device(), path, options)
+}
+
+fn load_on(device: Arc<dyn Device>, path: &Path, options: &LoadOptions) -> Llama {
+    Llama::load(device, &Checkpoint::open(path).unwrap(), options).unwrap()
 }
 
 /// All logits of `ids` in one call.
@@ -34,11 +40,15 @@ fn logits(llama: &Llama, ids: &[u32]) -> Vec<f32> {
     all
 }
 
-/// Holds hidden states and logits against the reference; one token at a time must give the same.
+/// Holds hidden states and logits of every device against the reference; one token at a time must give the same.
 fn check(path: &Path, shape: &Shape, weights: &Weights, options: &LoadOptions) {
-    let llama = load(path, options);
-    let (hidden, expected) = decoder(shape, weights, &IDS);
+    let reference = decoder(shape, weights, &IDS);
+    for device in devices() {
+        check_on(load_on(device, path, options), shape, &reference);
+    }
+}
 
+fn check_on(llama: Llama, shape: &Shape, (hidden, expected): &(Vec<Vec<f64>>, Vec<f64>)) {
     let mut seen = Vec::new();
     let mut each = |layer: usize, row0: usize, rows: &[f32]| {
         assert_eq!((layer, row0), (seen.len(), 0));
@@ -49,7 +59,7 @@ fn check(path: &Path, shape: &Shape, weights: &Weights, options: &LoadOptions) {
     assert_eq!(seen.len(), shape.layers + 1);
     assert!(seen.iter().all(|&error| error < TOLERANCE), "hidden states are off by {seen:?}");
 
-    let error = worst(&logits(&llama, &IDS), &expected);
+    let error = worst(&logits(&llama, &IDS), expected);
     assert!(error < TOLERANCE, "logits are off by {error:e}");
 
     let mut session = llama.session(20).unwrap();
