@@ -351,6 +351,8 @@ pub struct Caps {
     pub simd: Simd,
     /// Compute capability as major·10 + minor (CUDA and its executor), else 0.
     pub sm: u32,
+    /// A processor playing a graphics card (wgpu): its fast kernels are of another shape.
+    pub software: bool,
     /// f16 arithmetic in shaders.
     pub f16: bool,
     /// Smallest and largest subgroup (wgpu), or (0, 0) without them.

@@ -17,10 +17,10 @@ use std::sync::OnceLock;
 
 /// Two passes in f32 may differ this much in a logit. A product of 1536 terms is off by sqrt(1536)·2⁻²⁴ = 2e-6 of them;
 /// 210 independent ones make 3e-5 of the stream, of which a logit of up to 30 sums 576 terms: 1e-3 each pass.
-const LOGITS: f64 = 2e-3;
+pub const LOGITS: f64 = 2e-3;
 
 /// A model's file or directory, in `$HANDMILL_MODELS` or the user's cache.
-fn model(name: &str) -> PathBuf {
+pub fn model(name: &str) -> PathBuf {
     let variable = |name: &str| std::env::var_os(name).map(PathBuf::from);
     let cache = || variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache")));
     let root = variable("HANDMILL_MODELS").or_else(|| Some(cache()?.join("handmill/models")));
@@ -29,7 +29,7 @@ fn model(name: &str) -> PathBuf {
     path
 }
 
-fn smollm2() -> &'static LanguageModel {
+pub fn smollm2() -> &'static LanguageModel {
     static MODEL: OnceLock<LanguageModel> = OnceLock::new();
     MODEL.get_or_init(|| {
         let path = model("smollm2/SmolLM2-135M-Instruct.Q4_1.gguf");
@@ -37,7 +37,7 @@ fn smollm2() -> &'static LanguageModel {
     })
 }
 
-fn minilm_embedder() -> &'static Embedder {
+pub fn minilm_embedder() -> &'static Embedder {
     static MODEL: OnceLock<Embedder> = OnceLock::new();
     MODEL.get_or_init(|| Embedder::open(&model("minilm"), device(), &LoadOptions::default()).unwrap())
 }
@@ -46,11 +46,11 @@ fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
 }
 
-fn json(name: &str) -> Value {
+pub fn json(name: &str) -> Value {
     serde_json::from_slice(&std::fs::read(fixture(name)).unwrap()).unwrap()
 }
 
-fn ids(value: &Value) -> Vec<u32> {
+pub fn ids(value: &Value) -> Vec<u32> {
     value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
 }
 
@@ -65,7 +65,7 @@ fn values(view: &TensorView) -> Vec<f64> {
 }
 
 /// Tensor `name` of the SmolLM2 fixture.
-fn expected(name: &str) -> Vec<f64> {
+pub fn expected(name: &str) -> Vec<f64> {
     let bytes = std::fs::read(fixture("smollm2_transformers_fp32.safetensors")).unwrap();
     values(&SafeTensors::deserialize(&bytes).unwrap().tensor(name).unwrap())
 }

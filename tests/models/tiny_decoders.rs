@@ -2,7 +2,7 @@
 
 use super::reference::{decoder, Shape, Weights};
 use super::tiny::{self, Blocks, LLAMA};
-use super::{device, ptx_sim, worst};
+use super::{device, devices, worst};
 use handmill::device::Device;
 use handmill::model::checkpoint::Checkpoint;
 use handmill::model::llama::{Llama, Want};
@@ -40,16 +40,15 @@ fn logits(llama: &Llama, ids: &[u32]) -> Vec<f32> {
     all
 }
 
-/// Holds hidden states and logits against the reference, on the CPU and through the PTX kernels; one token at a time
-/// must give the same.
+/// Holds hidden states and logits of every device against the reference; one token at a time must give the same.
 fn check(path: &Path, shape: &Shape, weights: &Weights, options: &LoadOptions) {
-    let (hidden, expected) = decoder(shape, weights, &IDS);
-    for device in [device(), ptx_sim()] {
-        check_one(&load_on(device, path, options), shape, &hidden, &expected);
+    let reference = decoder(shape, weights, &IDS);
+    for device in devices() {
+        check_on(load_on(device, path, options), shape, &reference);
     }
 }
 
-fn check_one(llama: &Llama, shape: &Shape, hidden: &[Vec<f64>], expected: &[f64]) {
+fn check_on(llama: Llama, shape: &Shape, (hidden, expected): &(Vec<Vec<f64>>, Vec<f64>)) {
     let on = llama.device.id();
     let mut seen = Vec::new();
     let mut each = |layer: usize, row0: usize, rows: &[f32]| {
@@ -61,7 +60,7 @@ fn check_one(llama: &Llama, shape: &Shape, hidden: &[Vec<f64>], expected: &[f64]
     assert_eq!(seen.len(), shape.layers + 1);
     assert!(seen.iter().all(|&error| error < TOLERANCE), "{on}: hidden states are off by {seen:?}");
 
-    let error = worst(&logits(llama, &IDS), expected);
+    let error = worst(&logits(&llama, &IDS), expected);
     assert!(error < TOLERANCE, "{on}: logits are off by {error:e}");
 
     let mut session = llama.session(20).unwrap();
