@@ -1,4 +1,4 @@
-// attention_f32_naive: y[m,h] = Σ_c softmax_c(scale · q[m,h]·k[c,h/(H/KV)]) · v[c,h/(H/KV)], c in span[m]     contract: src/ops/attention.rs
+// attention_f32_naive: y[m,h] = softmax(scale·q[m,h]·kᵀ)·v over span[m]     contract: src/ops/attention.rs
 // grid   ceil(M*H/64)     block 64 = 64 heads of rows
 // smem   0 B              features none
 // reads  4MHD + 12MHCD B      writes 4MHD B (and C times from cache)       bound: loads of single elements

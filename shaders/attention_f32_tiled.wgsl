@@ -1,4 +1,4 @@
-// attention_f32_tiled: y[m,h] = Σ_c softmax_c(scale · q[m,h]·k[c,h/(H/KV)]) · v[c,h/(H/KV)], c in span[m]     contract: src/ops/attention.rs
+// attention_f32_tiled: y[m,h] = softmax(scale·q[m,h]·kᵀ)·v over span[m]     contract: src/ops/attention.rs
 // grid   ceil(M/32), H, ceil(D/64)     block 64 = 8 x 8, each 4 rows and 4 keys, then 4 rows and 8 columns
 // smem   21512 B          features none
 // reads  4MHD + 8MHCD/32 B      writes 4MHD B       bound: arithmetic

@@ -1,8 +1,8 @@
-// attention_f32_workgroup: y[m,h] = Σ_c softmax_c(scale · q[m,h]·k[c,h/(H/KV)]) · v[c,h/(H/KV)], c in span[m]     contract: src/ops/attention.rs
+// attention_f32_workgroup: y[m,h] = softmax(scale·q[m,h]·kᵀ)·v over span[m]     contract: src/ops/attention.rs
 // grid   H, M             block 64 = one head of a row
 // smem   512 B            features none
 // reads  4MHD + 8MHCD B      writes 4MHD B       bound: memory
-// idea   keys in blocks of 64, one an invocation; then columns, up to four an invocation, each over the block's weights;
+// idea   keys in blocks of 64, one an invocation; then columns, up to four an invocation, over the block's weights;
 //        the largest score and the sums run on from block to block       source: Milakov & Gimelshein, arXiv 1805.02867
 
 struct Params { M: u32, H: u32, KV: u32, D: u32, C: u32, scale: f32 }

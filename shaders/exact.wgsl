@@ -3,7 +3,8 @@
 // WGSL allows exp 3 + 2|x| ulp, a quotient 2.5, a root 2 and more. Infinities and NaN are not made on the way, since a
 // compiler may take it that there are none.
 
-/// e^x within 1.1 ulp; 0 below e^−86.5, as processors are slow with denormal numbers or flush them. x at most 88.7, where 3.4e38 is near.
+/// e^x within 1.1 ulp; 0 below e^−86.5, as processors are slow with denormal numbers or flush them; x at most 88.7,
+/// whose result is near the largest number.
 ///
 /// x = n·ln 2 + r with |r| ≤ ln 2 / 2 (Cody and Waite 1980); e^r = 1 + r + r²·q(r), the same q as src/ops/simd.rs.
 fn exact_exp(x: f32) -> f32 {

@@ -1,4 +1,4 @@
-// layernorm_f32_workgroup: y[M,K] = (x − mean x) / sqrt(var x + eps) · gain[K] + bias[K]     contract: src/ops/layernorm.rs
+// layernorm_f32_workgroup: y[M,K] = (x − mean x) / sqrt(var x + eps) · gain + bias     contract: src/ops/layernorm.rs
 // grid   M                block 64 = one row
 // smem   256 B            features none
 // reads  4MK + 8K B (x twice more from cache)      writes 4MK B       bound: memory

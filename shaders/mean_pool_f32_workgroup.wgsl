@@ -1,4 +1,4 @@
-// mean_pool_f32_workgroup: y[S,K] = v / max(‖v‖, 1e-12), v = mean of rows span[s,0]..span[s,1] of x     contract: src/ops/mean_pool.rs
+// mean_pool_f32_workgroup: y[S,K] = v / max(‖v‖, 1e-12), v = mean of span[s] of x     contract: src/ops/mean_pool.rs
 // grid   S                block 64 = one sentence
 // smem   256 B            features none
 // reads  4MK + 8S B       writes 4SK B (y once more from cache)       bound: memory

@@ -1,4 +1,4 @@
-// qmatmul_q4_naive: y[M,N] = x[M,K] · deq(W[N,K])ᵀ + bias[N] + s · S[M,R] · B[N,R]ᵀ     contract: src/ops/qmatmul/mod.rs
+// qmatmul_q4_naive: y[M,N] = x[M,K] · deq(W[N,K])ᵀ + bias[N] + s·S·Bᵀ     contract: src/ops/qmatmul/mod.rs
 // grid   ceil(N/64), M     block 64 = 64 outputs of a row
 // smem   0 B               features none
 // reads  4MK + M(NK/2 + scales) B      writes 4MN B       bound: loads of single elements

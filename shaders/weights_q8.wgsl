@@ -1,35 +1,19 @@
 // weights_q8: W[N,K] in groups of G 8-bit codes, scale·code (+ min)     format: src/quant/mod.rs
 //
-// K is a multiple of G and G of 16, so a word of codes lies in one row and one group.
+// K is a multiple of G and G of 16, so a word of codes lies in one row and one group. Scales: weights_q8_scales.
 
 @group(0) @binding(1) var<storage, read> codes: array<u32>;             // i8[N,K], four to a word, the first lowest
-@group(0) @binding(2) var<storage, read> scales: array<u32>;            // f16|f32[N,K/G]
-@group(0) @binding(3) var<storage, read> mins: array<u32>;              // f16|f32[N,K/G], empty unless AFFINE
-
-/// Scale of group i, groups counted through the matrix.
-fn group_scale(i: u32) -> f32 {
-    if p.WIDE == 1u {
-        return bitcast<f32>(scales[i]);
-    }
-    let pair = unpack2x16float(scales[i / 2u]);
-    return select(pair.x, pair.y, i % 2u == 1u);
-}
-
-/// Value of code 0 in group i; 0 where there are no mins.
-fn group_min(i: u32) -> f32 {
-    if p.AFFINE == 0u {
-        return 0.0;
-    }
-    if p.WIDE == 1u {
-        return bitcast<f32>(mins[i]);
-    }
-    let pair = unpack2x16float(mins[i / 2u]);
-    return select(pair.x, pair.y, i % 2u == 1u);
-}
 
 /// W[n,k].
 fn weight(n: u32, k: u32) -> f32 {
     let i = n * p.K + k;
     let code = extractBits(bitcast<i32>(codes[i / 4u]), i % 4u * 8u, 8u);
     return fma(group_scale(i / p.G), f32(code), group_min(i / p.G));
+}
+
+/// W[n,k..k+4], k a multiple of 4.
+fn weight4(n: u32, k: u32) -> vec4<f32> {
+    let i = n * p.K + k;
+    let code = bitcast<vec4<i32>>(vec4<u32>(codes[i / 4u]) << vec4<u32>(24u, 16u, 8u, 0u)) >> vec4(24u);
+    return fma(vec4<f32>(group_scale(i / p.G)), vec4<f32>(code), vec4<f32>(group_min(i / p.G)));
 }

@@ -284,6 +284,7 @@ fn shaders_are_what_their_headers_say() {
         kind: DeviceKind::Wgpu,
         simd: Simd::Portable,
         sm: 0,
+        software: false,
         f16: true,
         subgroup: (32, 32),
         shared_bytes: 32 << 10,

@@ -10,15 +10,41 @@ mod reference;
 mod tiny;
 #[path = "models/tiny_decoders.rs"]
 mod tiny_decoders;
+#[path = "models/wgpu.rs"]
+mod wgpu;
 #[path = "models/written.rs"]
 mod written;
 
-use handmill::device::{cpu::Cpu, Device};
-use std::sync::Arc;
+use handmill::device::{self, cpu::Cpu, ptx_sim::PtxSim, Device};
+use std::sync::{Arc, OnceLock};
 
-/// The device the tests run on.
+/// The device most tests run on.
 pub fn device() -> Arc<dyn Device> {
     Arc::new(Cpu::new())
+}
+
+/// The PTX kernels, every access checked.
+pub fn ptx_sim() -> Arc<dyn Device> {
+    Arc::new(PtxSim::new())
+}
+
+/// The first adapter, opened once; none where there need not be one.
+pub fn adapter() -> Option<Arc<dyn Device>> {
+    static ADAPTER: OnceLock<Option<Arc<dyn Device>>> = OnceLock::new();
+    let open = || match device::open("wgpu") {
+        Ok(device) => Some(device),
+        Err(reason) if std::env::var_os("HANDMILL_REQUIRE_WGPU").is_some() => panic!("{reason}"),
+        Err(reason) => {
+            eprintln!("not tested: {reason}");
+            None
+        }
+    };
+    ADAPTER.get_or_init(open).clone()
+}
+
+/// The devices that tiny models run on.
+pub fn devices() -> Vec<Arc<dyn Device>> {
+    [device(), ptx_sim()].into_iter().chain(adapter()).collect()
 }
 
 /// Largest |got − expected| over the largest |expected|.

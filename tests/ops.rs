@@ -2,28 +2,42 @@
 //!
 //! The devices are those that need no hardware; `HANDMILL_TEST_DEVICE=cuda` runs the same tests on that device instead.
 
-use handmill::device::{self, cpu::Cpu, wgpu, Device};
+use handmill::device::{self, cpu::Cpu, wgpu, Device, Listed};
 use handmill::op::{Case, DeviceKind, Kernel, OpSpec, Simd};
 use handmill::tensor::Dtype;
 use handmill::{ops::OPS, verify};
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::sync::Arc;
 
+#[path = "support/dirty.rs"]
+mod dirty;
+use dirty::{Dirty, WORDS};
+
 const SEED: u64 = 1;
 
 fn main() {
-    let ids = match std::env::var("HANDMILL_TEST_DEVICE") {
-        Ok(id) => vec![id],
-        Err(_) => {
-            let adapters =
-                wgpu::list().into_iter().filter(|adapter| adapter.reason.is_none()).map(|adapter| adapter.id);
-            ["cpu".to_string(), "ptx-sim".to_string()].into_iter().chain(adapters).collect()
-        }
+    let named = |id: &str| (id.to_string(), device::open(id).unwrap_or_else(|error| panic!("{error}")));
+    let only = std::env::var("HANDMILL_TEST_DEVICE");
+    let mut devices: Vec<(String, Arc<dyn Device>)> = match &only {
+        Ok(id) => vec![named(id)],
+        Err(_) => vec![named("cpu"), named("ptx-sim")],
     };
-    let open = |id: &String| device::open(id).unwrap_or_else(|error| panic!("{error}"));
-    let devices: Vec<Arc<dyn Device>> = ids.iter().map(open).collect();
     let mut trials = Vec::new();
-    for device in &devices {
+    match adapters() {
+        _ if only.is_ok() => {}
+        Ok(adapters) => {
+            for adapter in adapters {
+                let (named, trial) = on_adapter(&adapter);
+                devices.extend(named);
+                trials.push(trial);
+            }
+        }
+        Err(reason) if std::env::var_os("HANDMILL_REQUIRE_WGPU").is_some() => {
+            trials.push(Trial::test("wgpu::adapter", move || Err(reason.into())));
+        }
+        Err(reason) => eprintln!("the kernels in WGSL are not tested: {reason}"),
+    }
+    for (label, device) in &devices {
         for spec in OPS {
             for kernel in spec.kernels().filter(|k| device.caps().kind.runs(&k.source)) {
                 for (i, case) in spec.cases.iter().enumerate() {
@@ -31,7 +45,7 @@ fn main() {
                         continue;
                     }
                     let device = device.clone();
-                    let name = format!("{}::{}::{i}", device.id(), kernel.stem);
+                    let name = format!("{label}::{}::{i}", kernel.stem);
                     trials.push(Trial::test(name, move || check(&*device, spec, kernel, case)));
                 }
             }
@@ -39,6 +53,44 @@ fn main() {
     }
     trials.extend(OPS.iter().map(|spec| Trial::test(format!("table::{}", spec.id()), || table(spec))));
     libtest_mimic::run(&Arguments::from_args(), trials).exit();
+}
+
+/// The adapters of this machine, or what to do where there is none.
+fn adapters() -> Result<Vec<Listed>, String> {
+    let adapters = wgpu::list();
+    match adapters.iter().find_map(|adapter| adapter.reason.clone()) {
+        Some(reason) => Err(reason),
+        None => Ok(adapters),
+    }
+}
+
+/// An adapter as three devices: all it has, with every launch finding NaN in workgroup memory; without subgroups, f16
+/// and a clock, and with small bindings, as the least of phones; and unchecked, as for speed. And a test that the first
+/// of them is what it says.
+fn on_adapter(adapter: &Listed) -> (Vec<(String, Arc<dyn Device>)>, Trial) {
+    let index = adapter.id.rsplit(':').next().and_then(|index| index.parse().ok()).expect("wgpu:N");
+    let open = |options: &wgpu::Options| wgpu::Wgpu::with(index, options).expect("an adapter that is listed opens");
+    let defaults = wgpu::Options::default();
+    let least = wgpu::Options {
+        subgroups: false,
+        f16: false,
+        timestamps: false,
+        max_binding: Some(4 << 20),
+        ..defaults.clone()
+    };
+    let dirty = Arc::new(Dirty::new(open(&defaults)));
+    let devices: Vec<(String, Arc<dyn Device>)> = vec![
+        (adapter.id.clone(), dirty.clone()),
+        (format!("{}:least", adapter.id), Arc::new(open(&least))),
+        (format!("{}:unchecked", adapter.id), Arc::new(open(&wgpu::Options { checked: false, ..defaults }))),
+    ];
+    let software = adapter.software;
+    let trial = Trial::test(format!("{}::dirty", adapter.id), move || match dirty.found() {
+        // A driver may clear the memory; a software one that did would leave the rule unchecked.
+        found if software && found < WORDS => Err(format!("{found} of {WORDS} words are soiled").into()),
+        _ => Ok(()),
+    });
+    (devices, trial)
 }
 
 fn check(device: &dyn Device, spec: &'static OpSpec, kernel: &'static Kernel, case: &Case) -> Result<(), Failed> {
@@ -76,6 +128,15 @@ fn table(spec: &'static OpSpec) -> Result<(), Failed> {
             if simd == Simd::Avx512 && !spec.cases.iter().any(used) {
                 faults.push(format!("no case for {}", kernel.stem));
             }
+        }
+    }
+    // The least adapter that WebGPU allows runs every op.
+    let mut caps = Cpu::new().caps().clone();
+    (caps.kind, caps.shared_bytes) = (DeviceKind::Wgpu, 16 << 10);
+    for case in spec.cases {
+        let dims = spec.case_dims(case);
+        if spec.choose(&dims, Dtype::F32, &caps).is_none() {
+            faults.push(format!("no kernel for {dims} on an adapter without features"));
         }
     }
     if spec.cases.len() < 4 {

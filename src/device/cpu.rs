@@ -46,6 +46,7 @@ impl Cpu {
             kind,
             simd,
             sm: 0,
+            software: false,
             f16: false,
             subgroup: (0, 0),
             shared_bytes: 0,

@@ -260,6 +260,7 @@ impl Cuda {
             kind: DeviceKind::Cuda,
             simd: Simd::Portable,
             sm: facts.sm,
+            software: false,
             f16: true,
             subgroup: (32, 32),
             shared_bytes: facts.shared,

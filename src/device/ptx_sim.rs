@@ -73,6 +73,7 @@ impl PtxSim {
             simd: Simd::Portable,
             sm,
             f16: true,
+            software: false,
             subgroup: (32, 32),
             shared_bytes: ptx_sim::shared_limit(sm),
             max_binding: 1 << 32,

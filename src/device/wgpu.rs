@@ -84,6 +84,7 @@ impl Wgpu {
             kind: DeviceKind::Wgpu,
             simd: Simd::Portable,
             sm: 0,
+            software: adapter::is_software(adapter),
             f16: features.contains(wgpu::Features::SHADER_F16),
             subgroup: if subgroups { (info.subgroup_min_size, info.subgroup_max_size) } else { (0, 0) },
             shared_bytes: limits.max_compute_workgroup_storage_size,

@@ -91,7 +91,8 @@ struct Workspace {
 impl Bert {
     /// Brings the weights of an encoder to a device. Errors name the file and the tensor, or what the device lacks.
     pub fn load(device: Arc<dyn Device>, checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Bert, Error> {
-        let config = checkpoint.config.clone();
+        let mut config = checkpoint.config.clone();
+        config.layers = options.layers.map_or(config.layers, |layers| layers.min(config.layers));
         if config.arch != Arch::Bert {
             let what = format!("is a {} model, a decoder: embeddings need a bert model", config.arch.name());
             return Err(Error::file(&checkpoint.files[0], what));

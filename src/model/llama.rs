@@ -97,7 +97,8 @@ pub enum Want<'a> {
 impl Llama {
     /// Brings the weights of a decoder to a device. Errors name the file and the tensor, or what the device lacks.
     pub fn load(device: Arc<dyn Device>, checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Llama, Error> {
-        let config = checkpoint.config.clone();
+        let mut config = checkpoint.config.clone();
+        config.layers = options.layers.map_or(config.layers, |layers| layers.min(config.layers));
         if config.arch == Arch::Bert {
             let what = "is a bert model, an encoder: name a llama, qwen2 or qwen3 model, or use it for embeddings";
             return Err(Error::file(&checkpoint.files[0], what));

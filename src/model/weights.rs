@@ -34,6 +34,8 @@ pub struct LoadOptions {
     pub quant: Option<Format>,
     /// Bind at most this many bytes at once, where the device would allow more: weights split into more shards.
     pub max_binding: Option<usize>,
+    /// Take this many layers, from the first on, as if the model had no more; `None` takes all.
+    pub layers: Option<usize>,
 }
 
 /// Values decoded at once while a tensor is read, which bounds the memory that takes: 64 MiB of f32.

@@ -54,6 +54,7 @@ pub static ATTENTION: OpSpec = OpSpec {
         case_with(&[2, 9, 3, 64, 65], &[0.125], "two rows, each with a span of its own"),
         case_with(&[1, 9, 3, 64, 257], &[0.125], "decode"),
         case_with(&[1, 7, 1, 65, 33], &[3.0], "decode with large scores and odd sizes"),
+        case_with(&[33, 4, 2, 128, 65], &[0.088], "the widest heads of common decoders, causal after a cache"),
         case_with(&[128, 12, 12, 32, 128], &[0.177], "MiniLM"),
         case_with(&[128, 9, 3, 64, 257], &[0.125], "SmolLM2-135M"),
     ],
@@ -81,7 +82,43 @@ const CPU: &[Kernel] = &[
     ),
 ];
 
-const PTX: &[Kernel] = &[];
+const PTX: &[Kernel] = &[
+    // A row's scores lie in shared memory.
+    ptx!("attention_f32_naive", a_row_and_head_a_block, |d, caps| shared_for_scores(d) <= caps.shared_bytes as usize),
+    // Its threads hold the results of up to 128 columns.
+    ptx!("attention_f32_tiled", queries_a_block, |d, caps| {
+        d["D"] <= 128 && queries_a_block(d).shared_bytes <= caps.shared_bytes
+    }),
+    // With more rows, tiles that many queries share pay.
+    ptx!("attention_f32_decode", a_row_and_head_a_wide_block, |d, _| d["M"] <= 8 && d["D"] <= 128),
+];
+
+/// The scores of a row and the parts of two sums, in bytes.
+fn shared_for_scores(d: &Dims) -> usize {
+    4 * d["C"] + 32
+}
+
+/// A block of 128 threads for each row and head.
+fn a_row_and_head_a_block(d: &Dims) -> Launch {
+    Launch { grid: [d["M"] as u32, d["H"] as u32, 1], block: [128, 1, 1], shared_bytes: 4 * d["C"] as u32 }
+}
+
+/// A block of 512 threads for each row and head.
+fn a_row_and_head_a_wide_block(d: &Dims) -> Launch {
+    Launch { grid: [d["M"] as u32, d["H"] as u32, 1], block: [512, 1, 1], shared_bytes: 0 }
+}
+
+/// A block of 128 threads for 64 of the queries that share a key head, and tiles of 64 + 32 + 32 rows of D rounded up
+/// to 32, plus 4, numbers and of 64 rows of 40.
+fn queries_a_block(d: &Dims) -> Launch {
+    let (heads, kv_heads) = (d["H"], d["KV"]);
+    let row = d["D"].next_multiple_of(32) + 4;
+    Launch {
+        grid: [(d["M"] * (heads / kv_heads)).div_ceil(64) as u32, kv_heads as u32, 1],
+        block: [128, 1, 1],
+        shared_bytes: (4 * (128 * row + 64 * 40)) as u32,
+    }
+}
 
 const WGSL: &[Kernel] = &[
     wgsl!("attention_f32_naive" + "exact", one_head_an_invocation, always),
@@ -111,7 +148,7 @@ const fn rung(stem: &'static str, body: fn(&Dims, &mut [Slice<'_>]), supports: f
 /// Spans by what the dims, M ≤ C, make likely: M < C, a causal document whose last rows are the queries; M = C with
 /// heads sharing keys, a decoder's packed documents; else an encoder's sentences, each with some padding after it, and
 /// the last row padding.
-fn spans(d: &Dims, rng: &mut ChaCha8Rng) -> HostTensor {
+pub(super) fn spans(d: &Dims, rng: &mut ChaCha8Rng) -> HostTensor {
     let (m, c) = (d["M"], d["C"]);
     let mut span = Vec::with_capacity(2 * m);
     if m < c {

@@ -2,9 +2,10 @@
 //! reference in f64 and its published similarities.
 
 use super::reference::{minilm, Weights};
-use super::{device, worst};
+use super::{device, ptx_sim, worst};
+use handmill::model::checkpoint::Checkpoint;
 use handmill::model::generate::{Embedder, Ending, GenerateOptions, LanguageModel};
-use handmill::model::llama::Want;
+use handmill::model::llama::{Llama, Want};
 use handmill::model::sampler::SamplerSettings;
 use handmill::model::weights::LoadOptions;
 use rayon::prelude::*;
@@ -16,10 +17,10 @@ use std::sync::OnceLock;
 
 /// Two passes in f32 may differ this much in a logit. A product of 1536 terms is off by sqrt(1536)·2⁻²⁴ = 2e-6 of them;
 /// 210 independent ones make 3e-5 of the stream, of which a logit of up to 30 sums 576 terms: 1e-3 each pass.
-const LOGITS: f64 = 2e-3;
+pub const LOGITS: f64 = 2e-3;
 
 /// A model's file or directory, in `$HANDMILL_MODELS` or the user's cache.
-fn model(name: &str) -> PathBuf {
+pub fn model(name: &str) -> PathBuf {
     let variable = |name: &str| std::env::var_os(name).map(PathBuf::from);
     let cache = || variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache")));
     let root = variable("HANDMILL_MODELS").or_else(|| Some(cache()?.join("handmill/models")));
@@ -28,7 +29,7 @@ fn model(name: &str) -> PathBuf {
     path
 }
 
-fn smollm2() -> &'static LanguageModel {
+pub fn smollm2() -> &'static LanguageModel {
     static MODEL: OnceLock<LanguageModel> = OnceLock::new();
     MODEL.get_or_init(|| {
         let path = model("smollm2/SmolLM2-135M-Instruct.Q4_1.gguf");
@@ -36,7 +37,7 @@ fn smollm2() -> &'static LanguageModel {
     })
 }
 
-fn minilm_embedder() -> &'static Embedder {
+pub fn minilm_embedder() -> &'static Embedder {
     static MODEL: OnceLock<Embedder> = OnceLock::new();
     MODEL.get_or_init(|| Embedder::open(&model("minilm"), device(), &LoadOptions::default()).unwrap())
 }
@@ -45,11 +46,11 @@ fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
 }
 
-fn json(name: &str) -> Value {
+pub fn json(name: &str) -> Value {
     serde_json::from_slice(&std::fs::read(fixture(name)).unwrap()).unwrap()
 }
 
-fn ids(value: &Value) -> Vec<u32> {
+pub fn ids(value: &Value) -> Vec<u32> {
     value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
 }
 
@@ -64,7 +65,7 @@ fn values(view: &TensorView) -> Vec<f64> {
 }
 
 /// Tensor `name` of the SmolLM2 fixture.
-fn expected(name: &str) -> Vec<f64> {
+pub fn expected(name: &str) -> Vec<f64> {
     let bytes = std::fs::read(fixture("smollm2_transformers_fp32.safetensors")).unwrap();
     values(&SafeTensors::deserialize(&bytes).unwrap().tensor(name).unwrap())
 }
@@ -252,6 +253,38 @@ fn batches_do_not_mix_their_sentences() {
     assert!(error.contains("sentence 1") && error.contains("1 to 512"), "{error}");
     let error = embedder.bert.embed(&[vec![101, 30522]]).unwrap_err().to_string();
     assert!(error.contains("sentence 0") && error.contains("30522"), "{error}");
+}
+
+#[test]
+fn two_layers_of_smollm2_through_the_ptx_kernels() {
+    let checkpoint = Checkpoint::open(&model("smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")).unwrap();
+    let options = LoadOptions { layers: Some(2), ..LoadOptions::default() };
+    let ids = ids(&prompts()[0]["ids"]);
+    // A prompt, then a token by itself: kernels for many rows and for one.
+    let [expected, got] = [device(), ptx_sim()].map(|device| {
+        let llama = Llama::load(device, &checkpoint, &options).unwrap();
+        assert_eq!(llama.layers.len(), 2);
+        let mut session = llama.session(ids.len() + 1).unwrap();
+        let mut logits = llama.forward(&mut session, &ids, Want::Last).unwrap().to_vec();
+        logits.extend(llama.forward(&mut session, &[7], Want::Last).unwrap());
+        logits
+    });
+    let expected: Vec<f64> = expected.iter().map(|&v| v as f64).collect();
+    // The sums of at most 1536 terms are off by sqrt(1536)·2⁻²⁴ = 2.3e-6 of them; a pass of two layers chains fifteen,
+    // whose errors are independent: 9e-6 of the largest logit, and two passes differ by at most both.
+    let error = worst(&got, &expected);
+    assert!(error < 2e-5, "logits of the executor and the CPU differ by {error:e}");
+}
+
+#[test]
+fn minilm_through_the_ptx_kernels() {
+    let lines = ["The weather is lovely today.", "It's so sunny outside!"];
+    let expected = minilm_embedder().embed_lines(&lines).unwrap();
+    let got =
+        Embedder::open(&model("minilm"), ptx_sim(), &LoadOptions::default()).unwrap().embed_lines(&lines).unwrap();
+    // Each is within 1e-5 of the reference in f64.
+    let off = got.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(off < 2e-5, "vectors of the executor and the CPU differ by {off:e}");
 }
 
 #[test]

@@ -2,7 +2,8 @@
 
 use super::reference::{decoder, Shape, Weights};
 use super::tiny::{self, Blocks, LLAMA};
-use super::{device, worst};
+use super::{device, devices, worst};
+use handmill::device::Device;
 use handmill::model::checkpoint::Checkpoint;
 use handmill::model::llama::{Llama, Want};
 use handmill::model::weights::LoadOptions;
@@ -10,6 +11,7 @@ use handmill::quant::Format;
 use handmill::tensor::Dtype;
 use handmill::Error;
 use std::path::Path;
+use std::sync::Arc;
 
 /// An f32 pass against an f64 one. Sums here have at most 1024 terms; independent roundings of 2⁻²⁴ grow as the root of
 /// their number, so a product is off by 2e-6 of its terms. A pass chains a dozen products, whose errors are independent
@@ -19,7 +21,11 @@ const TOLERANCE: f64 = 1e-5;
 const IDS: [u32; 13] = [1, 99, 0, 42, 7, 7, 63, 12, 5, 88, 31, 2, 77];
 
 fn load(path: &Path, options: &LoadOptions) -> Llama {
-    Llama::load(device(), &Checkpoint::open(path).unwrap(), options).unwrap()
+    load_on(device(), path, options)
+}
+
+fn load_on(device: Arc<dyn Device>, path: &Path, options: &LoadOptions) -> Llama {
+    Llama::load(device, &Checkpoint::open(path).unwrap(), options).unwrap()
 }
 
 /// All logits of `ids` in one call.
@@ -34,11 +40,16 @@ fn logits(llama: &Llama, ids: &[u32]) -> Vec<f32> {
     all
 }
 
-/// Holds hidden states and logits against the reference; one token at a time must give the same.
+/// Holds hidden states and logits of every device against the reference; one token at a time must give the same.
 fn check(path: &Path, shape: &Shape, weights: &Weights, options: &LoadOptions) {
-    let llama = load(path, options);
-    let (hidden, expected) = decoder(shape, weights, &IDS);
+    let reference = decoder(shape, weights, &IDS);
+    for device in devices() {
+        check_on(load_on(device, path, options), shape, &reference);
+    }
+}
 
+fn check_on(llama: Llama, shape: &Shape, (hidden, expected): &(Vec<Vec<f64>>, Vec<f64>)) {
+    let on = llama.device.id();
     let mut seen = Vec::new();
     let mut each = |layer: usize, row0: usize, rows: &[f32]| {
         assert_eq!((layer, row0), (seen.len(), 0));
@@ -47,16 +58,16 @@ fn check(path: &Path, shape: &Shape, weights: &Weights, options: &LoadOptions) {
     };
     llama.forward(&mut llama.session(20).unwrap(), &IDS, Want::Hidden(&mut each)).unwrap();
     assert_eq!(seen.len(), shape.layers + 1);
-    assert!(seen.iter().all(|&error| error < TOLERANCE), "hidden states are off by {seen:?}");
+    assert!(seen.iter().all(|&error| error < TOLERANCE), "{on}: hidden states are off by {seen:?}");
 
-    let error = worst(&logits(&llama, &IDS), &expected);
-    assert!(error < TOLERANCE, "logits are off by {error:e}");
+    let error = worst(&logits(&llama, &IDS), expected);
+    assert!(error < TOLERANCE, "{on}: logits are off by {error:e}");
 
     let mut session = llama.session(20).unwrap();
     for (i, id) in IDS.iter().enumerate() {
         let row = llama.forward(&mut session, &[*id], Want::Last).unwrap();
         let error = worst(row, &expected[i * shape.vocab..(i + 1) * shape.vocab]);
-        assert!(error < TOLERANCE, "token by token, the logits of token {i} are off by {error:e}");
+        assert!(error < TOLERANCE, "{on}, token by token: the logits of token {i} are off by {error:e}");
     }
     assert_eq!(session.len(), IDS.len());
 }
@@ -142,7 +153,7 @@ fn quantized_on_load() {
     for format in formats {
         // Room for 600 rows of 64 codes of 4 bits, of which nested blocks allow 512.
         for max_binding in [None, Some(600 * 32)] {
-            let options = LoadOptions { quant: Some(format), max_binding };
+            let options = LoadOptions { quant: Some(format), max_binding, ..LoadOptions::default() };
             let llama = load(dir.path(), &options);
             assert_eq!(llama.layers[1].down.matrix.format, format);
             assert_eq!((llama.embedding.matrix.format, llama.head.matrix.format), (Format::F32, Format::F32));

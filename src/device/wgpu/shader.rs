@@ -41,7 +41,8 @@ impl Shaders {
         Shaders { device: device.clone(), checked, pipelines: Mutex::default(), layouts: Mutex::default() }
     }
 
-    /// The pipeline of a kernel; `written` has the bits of [`written`], or more where one buffer is read and written.
+    /// The pipeline of a kernel; `written` has the bits of [`written`], or more where one buffer is read and written:
+    /// those arguments are then declared as written, too.
     pub fn pipeline(
         &self,
         id: &str,
@@ -56,7 +57,11 @@ impl Shaders {
         }
         let invalid = |reason: String| Error::Invalid { what: kernel.stem.into(), reason };
         let Source::Wgsl(files) = kernel.source else { return Err(invalid("not a kernel in WGSL".into())) };
-        let (text, lines) = join(files).map_err(|error| invalid(error.to_string()))?;
+        let (mut text, lines) = join(files).map_err(|error| invalid(error.to_string()))?;
+        for i in (0..count).filter(|i| written & (1 << i) != 0) {
+            let binding = format!("@binding({i}) var<storage, ");
+            text = text.replace(&format!("{binding}read>"), &format!("{binding}read_write>"));
+        }
 
         let descriptor = wgpu::ShaderModuleDescriptor {
             label: Some(kernel.stem),
@@ -133,16 +138,24 @@ fn join(files: &'static [File]) -> std::io::Result<(String, Vec<(&'static str, u
 /// The compiler's first error with the file and line it lies in.
 fn explain(module: &wgpu::ShaderModule, lines: &[(&'static str, usize)]) -> Option<String> {
     let info = pollster::block_on(module.get_compilation_info());
-    let errors = info.messages.iter().filter(|m| m.message_type == wgpu::CompilationMessageType::Error);
-    let message = errors.max_by_key(|message| message.location.is_some())?;
-    let text = message.message.lines().map(str::trim).filter(|l| !l.is_empty()).collect::<Vec<_>>().join(" ");
-    let Some(location) = message.location else { return Some(text) };
-    let mut line = location.line_number as usize;
+    let error = info.messages.iter().find(|m| m.message_type == wgpu::CompilationMessageType::Error)?;
+    // A report of several lines: what is wrong, `wgsl:line:column`, then that line with arrows under it. Its place is
+    // right where `location` is only the first it names.
+    let mut report = error.message.lines().map(str::trim);
+    let what = report.next()?;
+    let what = what.split_once("' parsing error: ").map_or(what, |(_, what)| what);
+    let place = report.find_map(|line| line.split_once("wgsl:"));
+    let place = place.and_then(|(_, place)| {
+        let (line, column) = place.split_once(':')?;
+        Some((line.parse().ok()?, column.parse().ok()?))
+    });
+    let location = error.location.map(|location| (location.line_number as usize, location.line_position as usize));
+    let Some((mut line, column)) = place.or(location) else { return Some(what.to_string()) };
     for (path, count) in lines {
         if line <= *count {
-            return Some(format!("{path}:{line}:{}: {text}", location.line_position));
+            return Some(format!("{path}:{line}:{column}: {what}"));
         }
         line -= count;
     }
-    Some(text)
+    Some(what.to_string())
 }

@@ -1,0 +1,19 @@
+// qmatmul_q4_tiled: y[M,N] = x[M,K] · deq(W[N,K])ᵀ + bias[N] + s·S·Bᵀ     contract: src/ops/qmatmul/mod.rs
+// grid   ceil(N/64), ceil(M/64)     block 64 = 8 x 8, an invocation 8 x 8 outputs
+// smem   8192 B            features none
+// reads  N/64 · 4MK + M/64 · (NK/2 + scales) B      writes 4MN B       bound: arithmetic
+// idea   tiles of x and of decoded W in workgroup memory: shaders/qmatmul_tiled.wgsl tells it
+
+struct Params { M: u32, N: u32, K: u32, LDY: u32, Y0: u32, BIAS: u32, R: u32, G: u32, WIDE: u32, s: f32 }
+
+@group(0) @binding(0) var<storage, read> x: array<f32>;                 // [M,K]
+@group(0) @binding(4) var<storage, read> bias: array<f32>;              // [BIAS*N]
+@group(0) @binding(5) var<storage, read> lora_s: array<f32>;            // [M,R]
+@group(0) @binding(6) var<storage, read> lora_b: array<f32>;            // [N,R]
+@group(0) @binding(7) var<storage, read_write> y: array<f32>;           // [M,LDY]
+@group(0) @binding(8) var<uniform> p: Params;
+
+@compute @workgroup_size(64)
+fn qmatmul_q4_tiled(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) id: u32) {
+    tile(group.y * 64u, group.x * 64u, id);
+}

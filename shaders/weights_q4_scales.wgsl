@@ -1,0 +1,20 @@
+// weights_q4_scales: scale and min of a group, of the files that decode q4     format: src/quant/mod.rs
+
+@group(0) @binding(2) var<storage, read> scales: array<u32>;            // f16|f32[N,K/G]
+@group(0) @binding(3) var<storage, read> mins: array<u32>;              // f16|f32[N,K/G]
+
+/// Scale of group i, groups counted through the matrix.
+fn group_scale(i: u32) -> f32 {
+    return half_or_wide(scales[i >> (1u - p.WIDE)], i);
+}
+
+/// Value of code 0 in group i.
+fn group_min(i: u32) -> f32 {
+    return half_or_wide(mins[i >> (1u - p.WIDE)], i);
+}
+
+/// The number of group i in its word: an f32, or an f16 in one half.
+fn half_or_wide(word: u32, i: u32) -> f32 {
+    let half = unpack2x16float(word >> (i % 2u * 16u)).x;
+    return select(half, bitcast<f32>(word), p.WIDE == 1u);
+}
