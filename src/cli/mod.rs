@@ -1,5 +1,6 @@
 //! Commands: their flags and what they print. Results go to stdout, everything else to stderr.
 
+mod adapter;
 mod doctor;
 mod embed;
 mod eval;
@@ -16,6 +17,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 use handmill::device::{self, Device};
+use handmill::model::adapter as lora;
 use handmill::model::generate::LanguageModel;
 use handmill::model::weights::LoadOptions;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -40,6 +42,7 @@ enum Command {
     Eval(eval::Eval),
     Embed(embed::Embed),
     Quantize(quantize::Quantize),
+    Adapter(adapter::Adapter),
 }
 
 /// Flags of every command.
@@ -81,6 +84,7 @@ pub fn main() -> ExitCode {
         Command::Eval(command) => command.run(),
         Command::Embed(command) => command.run(),
         Command::Quantize(command) => command.run(),
+        Command::Adapter(command) => command.run(),
     };
     let Err(error) = result.and_then(|()| Ok(io::stdout().flush()?)) else {
         return ExitCode::SUCCESS;
@@ -116,11 +120,16 @@ impl Common {
     }
 }
 
-/// Opens a decoder, saying on stderr what it does meanwhile.
-fn open_model(path: &Path, device: &Arc<dyn Device>) -> Result<LanguageModel> {
+/// Opens a decoder, saying on stderr what it does meanwhile, and puts an adapter beside its weights.
+fn open_model(path: &Path, adapter: &AdapterFlag, device: &Arc<dyn Device>) -> Result<LanguageModel> {
+    let adapter = adapter.adapter.as_ref().map(|path| Ok::<_, anyhow::Error>((path, lora::Adapter::open(path)?)));
+    let adapter = adapter.transpose().context("cannot open the adapter (a PEFT directory)")?;
     let spinner = spinner(format!("loading {}", path.display()));
-    let model = LanguageModel::open(path, device.clone(), &LoadOptions::default())
+    let mut model = LanguageModel::open(path, device.clone(), &LoadOptions::default())
         .context("cannot open the model (a .gguf file or a Hugging Face directory)")?;
+    if let Some((path, adapter)) = adapter {
+        model.llama.attach(&adapter).with_context(|| path.display().to_string())?;
+    }
     spinner.finish_and_clear();
     Ok(model)
 }
@@ -175,6 +184,14 @@ fn human_bytes(bytes: u64) -> String {
         b if b < 1e9 => format!("{:.1} MB", b / 1e6),
         b => format!("{:.2} GB", b / 1e9),
     }
+}
+
+/// An adapter's path as a flag.
+#[derive(Args)]
+struct AdapterFlag {
+    /// A LoRA adapter to run beside the model's weights: a PEFT directory
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
 }
 
 /// A model's path as a flag.
