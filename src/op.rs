@@ -87,6 +87,8 @@ pub enum Fill {
     Bits,
     /// Integers below a dim.
     Below(&'static str),
+    /// Standard normal where the dim `ACC` is 1: what the launch adds to. Else poison: it must not be read.
+    Sum,
     /// What a function makes of the dims.
     With(fn(&Dims, &mut ChaCha8Rng) -> HostTensor),
 }
@@ -496,4 +498,24 @@ pub const fn input(name: &'static str, dtype: ArgType, shape: &'static [&'static
 /// An output of the contract.
 pub const fn output(name: &'static str, dtype: ArgType, shape: &'static [&'static str]) -> Arg {
     Arg { name, dtype, shape, role: Role::Out, fill: Fill::Poison }
+}
+
+/// An argument that is read and written.
+pub const fn inout(name: &'static str, dtype: ArgType, shape: &'static [&'static str], fill: Fill) -> Arg {
+    Arg { name, dtype, shape, role: Role::InOut, fill }
+}
+
+/// A Rust kernel with f32 activations.
+pub const fn rust(stem: &'static str, body: fn(&Dims, &mut [Slice<'_>]), supports: fn(&Dims, &Caps) -> bool) -> Kernel {
+    Kernel { stem, source: Source::Rust(body), act: Dtype::F32, launch: no_grid, supports }
+}
+
+/// For Rust kernels in AVX2.
+pub fn has_avx2(_: &Dims, caps: &Caps) -> bool {
+    caps.simd >= Simd::Avx2
+}
+
+/// For Rust kernels in AVX-512.
+pub fn has_avx512(_: &Dims, caps: &Caps) -> bool {
+    caps.simd >= Simd::Avx512
 }

@@ -50,7 +50,10 @@ fn fill_one(arg: &Arg, dims: &Dims, act: Dtype, rng: &mut ChaCha8Rng) -> HostTen
     let (dtype, shape) = (arg.dtype(dims, act), arg.shape(dims));
     let count = shape.iter().product::<usize>();
     match arg.fill {
-        Fill::Poison => {
+        Fill::Sum if dims["ACC"] == 1 => {
+            HostTensor::from_f64(dtype, &shape, &(0..count).map(|_| normal(rng)).collect::<Vec<_>>())
+        }
+        Fill::Poison | Fill::Sum => {
             let mut tensor = HostTensor::zeros(dtype, &shape);
             tensor.bytes.as_mut_slice().fill(POISON);
             tensor

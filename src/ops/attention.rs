@@ -93,7 +93,7 @@ const fn rung(stem: &'static str, body: fn(&Dims, &mut [Slice<'_>]), supports: f
 /// Spans by what the dims, M ≤ C, make likely: M < C, a causal document whose last rows are the queries; M = C with
 /// heads sharing keys, a decoder's packed documents; else an encoder's sentences, each with some padding after it, and
 /// the last row padding.
-fn spans(d: &Dims, rng: &mut ChaCha8Rng) -> HostTensor {
+pub(super) fn spans(d: &Dims, rng: &mut ChaCha8Rng) -> HostTensor {
     let (m, c) = (d["M"], d["C"]);
     let mut span = Vec::with_capacity(2 * m);
     if m < c {

@@ -1,16 +1,27 @@
 //! The table of ops. A new op is a room here, a line in [`OPS`] and its kernels.
 
+pub mod adamw;
 pub mod add;
 pub mod attention;
+pub mod attention_backward;
+pub mod cross_entropy;
+pub mod dropout;
 pub mod embedding;
+pub mod gather_rows;
 pub mod gelu;
 pub mod layernorm;
+pub mod lora_backward;
+pub mod lora_shrink;
 pub mod mean_pool;
 pub mod qmatmul;
+pub mod qmatmul_t;
 pub mod rmsnorm;
+pub mod rmsnorm_backward;
 pub mod rope;
+pub mod rope_backward;
 pub mod simd;
 pub mod swiglu;
+pub mod swiglu_backward;
 mod team;
 pub mod vector;
 pub mod weights;
@@ -41,6 +52,26 @@ pub static OPS: &[&OpSpec] = &[
     &gelu::GELU,
     &add::ADD,
     &mean_pool::MEAN_POOL,
+    &lora_shrink::LORA_SHRINK,
+    &lora_backward::LORA_BACKWARD,
+    &lora_backward::LORA_BACKWARD_A,
+    &dropout::DROPOUT,
+    &qmatmul_t::QMATMUL_T_F32,
+    &qmatmul_t::QMATMUL_T_F16,
+    &qmatmul_t::QMATMUL_T_BF16,
+    &qmatmul_t::QMATMUL_T_Q4,
+    &qmatmul_t::QMATMUL_T_Q8,
+    &qmatmul_t::QMATMUL_T_NF4,
+    &qmatmul_t::QMATMUL_T_NF4DQ,
+    &rmsnorm_backward::RMSNORM_BACKWARD,
+    &rope_backward::ROPE_BACKWARD,
+    &swiglu_backward::SWIGLU_BACKWARD,
+    &attention_backward::ATTENTION_STATS,
+    &attention_backward::ATTENTION_BACKWARD,
+    &gather_rows::GATHER_ROWS,
+    &cross_entropy::CROSS_ENTROPY,
+    &adamw::SQUARED_NORM,
+    &adamw::ADAMW,
 ];
 
 /// The op of this name for a weight format, `f32` where it has no weights. Panics when the table has no such op.

@@ -1,0 +1,186 @@
+//! `lora_shrink`: `S[M,R] = x[M,K] · A[R,K]ᵀ`, an adapter's first half: tokens into its low rank   Hu et al. 2021, arXiv
+//! 2106.09685
+//!
+//! With `IDS` = 0 there is one adapter, and A `[T,K]` is its matrix, T = R; `adapter` and `rows` are empty and L is 0. With
+//! `IDS` = 1 each row names its own, so that one launch serves a batch of many (Chen et al. 2023, arXiv 2310.18547): A holds
+//! the matrices of L adapters, one below the other, each with its true rank; those of adapter l are rows
+//! `rows[l,0]..rows[l,1]` of A, at most R of them, `rows[l,1]` ≤ T; token m uses adapter `adapter[m]`. Columns of S past an
+//! adapter's rank are zero, and so is the whole row where `adapter[m]` is −1 or no index below L.
+
+use super::simd;
+use super::vector::{for_simd, Body, Vector, LANES};
+use crate::op::*;
+use crate::tensor::{Dtype, HostTensor};
+use rand::RngExt;
+use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
+
+/// Tokens into the low rank of their adapter.
+pub static LORA_SHRINK: OpSpec = OpSpec {
+    name: "lora_shrink",
+    format: "f32",
+    formula: "S[m,r] = Σ_k x[m,k] · A[rows[adapter[m],0] + r, k], 0 past the adapter's rank and without an adapter",
+    dims: &["M", "K", "R", "T", "L", "IDS"],
+    scalars: &[],
+    args: &[
+        input("x", ArgType::Act, &["M", "K"], Fill::Normal),
+        input("lora_a", ArgType::Is(Dtype::F32), &["T", "K"], Fill::Normal),
+        input("adapter", ArgType::Is(Dtype::I32), &["IDS*M"], Fill::With(adapters)),
+        input("rows", ArgType::Is(Dtype::U32), &["IDS*L", "2"], Fill::With(true_ranks)),
+        output("s", ArgType::Is(Dtype::F32), &["M", "R"]),
+    ],
+    oracle,
+    // Counted as if every token had an adapter of rank R.
+    cost: |d| {
+        let (m, k, r) = (d["M"], d["K"], d["R"]);
+        Cost { flops: (2 * m * k * r) as u64, bytes: (4 * (m * k + d["T"] * k + m * r)) as u64 }
+    },
+    tolerance: Tolerance {
+        roundings: |d| (d["K"] as f64).sqrt() + 2.0,
+        nmse: 1e-11,
+        why: "K products are summed; their roundings, independent of each other, grow with sqrt(K)",
+    },
+    // M, K, R, T, L, IDS
+    cases: &[
+        case(&[1, 1, 1, 1, 0, 0], "the smallest"),
+        case(&[7, 33, 3, 3, 0, 0], "tails everywhere"),
+        case(&[33, 257, 9, 23, 3, 1], "three adapters, ranks of their own, tokens without one"),
+        case(&[65, 65, 8, 1, 1, 1], "one adapter of rank 1 in a batch made for 8"),
+        case(&[257, 33, 65, 65, 0, 0], "a rank beyond a vector"),
+        case(&[5, 1536, 16, 64, 4, 1], "four adapters of rank 16, down projection"),
+        case(&[256, 576, 8, 8, 0, 0], "SmolLM2-135M, rank 8"),
+    ],
+    kernels: &[CPU, PTX, WGSL],
+};
+
+const CPU: &[Kernel] = &[
+    rust("lora_shrink_f32_naive", naive, always),
+    rust("lora_shrink_f32_rows", |d, args| rows(d, args, Simd::Portable), always),
+    rust("lora_shrink_f32_rows_avx2", |d, args| rows(d, args, Simd::Avx2), has_avx2),
+    rust("lora_shrink_f32_rows_avx512", |d, args| rows(d, args, Simd::Avx512), has_avx512),
+];
+
+const PTX: &[Kernel] = &[];
+
+const WGSL: &[Kernel] = &[];
+
+/// Indices of adapters, −1 among them.
+fn adapters(d: &Dims, rng: &mut ChaCha8Rng) -> HostTensor {
+    let count = d["IDS"] * d["M"];
+    let ids: Vec<i32> = (0..count).map(|_| rng.random_range(-1..d["L"] as i32)).collect();
+    HostTensor::from_slice(Dtype::I32, &[count], &ids)
+}
+
+/// T rows, cut where L adapters take at most R each and all but the last as many as they can.
+fn true_ranks(d: &Dims, _: &mut ChaCha8Rng) -> HostTensor {
+    let count = d["IDS"] * d["L"];
+    let ends = |l: usize| [l * d["R"], (l + 1) * d["R"]].map(|row| row.min(d["T"]) as u32);
+    HostTensor::from_u32(&[count, 2], &(0..count).flat_map(ends).collect::<Vec<_>>())
+}
+
+/// Rows of A that token m uses.
+fn of_token(d: &Dims, m: usize, adapter: &[i32], rows: &[u32]) -> std::ops::Range<usize> {
+    if d["IDS"] == 0 {
+        return 0..d["R"];
+    }
+    match usize::try_from(adapter[m]) {
+        Ok(l) if l < d["L"] => rows[2 * l] as usize..rows[2 * l + 1] as usize,
+        _ => 0..0,
+    }
+}
+
+/// The definition in f64.
+fn oracle(d: &Dims, args: &[HostTensor]) -> Vec<Expected> {
+    let (m, k, r) = (d["M"], d["K"], d["R"]);
+    let (x, a, adapter, rows) = (args[0].to_f64(), args[1].to_f64(), args[2].as_slice::<i32>(), args[3].u32());
+    let mut expected = Expected { value: vec![0.0; m * r], magnitude: vec![0.0; m * r] };
+    for i in 0..m {
+        for (j, row) in of_token(d, i, adapter, rows).enumerate() {
+            for (x, a) in x[i * k..(i + 1) * k].iter().zip(&a[row * k..]) {
+                expected.value[i * r + j] += x * a;
+                expected.magnitude[i * r + j] += (x * a).abs();
+            }
+        }
+    }
+    vec![expected]
+}
+
+/// CPU, plain: the definition.
+fn naive(d: &Dims, args: &mut [Slice<'_>]) {
+    let (k, r) = (d["K"], d["R"]);
+    let [x, a, adapter, rows, s] = args else { unreachable!("five arguments") };
+    let (x, a, adapter, rows) = (x.f32(), a.f32(), adapter.as_slice::<i32>(), rows.u32());
+    for (m, s) in s.f32_mut().chunks_mut(r).enumerate() {
+        let of_token = of_token(d, m, adapter, rows);
+        s[of_token.len()..].fill(0.0);
+        for (s, row) in s.iter_mut().zip(of_token) {
+            *s = x[m * k..(m + 1) * k].iter().zip(&a[row * k..]).map(|(x, a)| x * a).sum();
+        }
+    }
+}
+
+/// CPU: tokens in parallel, eight rows of A at a time.
+fn rows(d: &Dims, args: &mut [Slice<'_>], simd: Simd) {
+    let (k, r) = (d["K"], d["R"]);
+    let [x, a, adapter, rows, s] = args else { unreachable!("five arguments") };
+    let (x, a, adapter, rows) = (x.f32(), a.f32(), adapter.as_slice::<i32>(), rows.u32());
+    // At 30 multiply-adds a nanosecond.
+    let grain = simd::grain((k * r) as f64 / 30.0);
+    s.f32_mut().par_chunks_mut(grain * r).enumerate().for_each(|(chunk, s)| {
+        for_simd(simd, Shrink { d, first: chunk * grain, x, a, adapter, rows, s, k, r });
+    });
+}
+
+/// The tokens of one task: those of `s`, from `first` on.
+struct Shrink<'a> {
+    d: &'a Dims,
+    first: usize,
+    x: &'a [f32],
+    a: &'a [f32],
+    adapter: &'a [i32],
+    rows: &'a [u32],
+    s: &'a mut [f32],
+    k: usize,
+    r: usize,
+}
+
+impl Body for Shrink<'_> {
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        for (i, s) in self.s.chunks_mut(self.r).enumerate() {
+            let m = self.first + i;
+            let x = &self.x[m * self.k..(m + 1) * self.k];
+            let of_token = of_token(self.d, m, self.adapter, self.rows);
+            let a = &self.a[of_token.start * self.k..of_token.end * self.k];
+            let (used, unused) = s.split_at_mut(of_token.len());
+            unused.fill(0.0);
+            let (eights, ones) = used.as_chunks_mut::<8>();
+            let split = eights.len() * 8 * self.k;
+            for (s, a) in eights.iter_mut().zip(a[..split].chunks_exact(8 * self.k)) {
+                *s = dots::<V, 8>(x, a);
+            }
+            for (s, a) in ones.iter_mut().zip(a[split..].chunks_exact(self.k)) {
+                [*s] = dots::<V, 1>(x, a);
+            }
+        }
+    }
+}
+
+/// x · aᵀ for T rows of A.
+#[inline(always)]
+fn dots<V: Vector, const T: usize>(x: &[f32], a: &[f32]) -> [f32; T] {
+    let k = x.len();
+    let rows: [&[f32]; T] = std::array::from_fn(|t| &a[t * k..(t + 1) * k]);
+    let mut sums = [V::splat(0.0); T];
+    let vectors = k / LANES * LANES;
+    for i in (0..vectors).step_by(LANES) {
+        let x = V::load(&x[i..]);
+        for t in 0..T {
+            sums[t] = x.mul_add(V::load(&rows[t][i..]), sums[t]);
+        }
+    }
+    std::array::from_fn(|t| {
+        let tail: f32 = x[vectors..].iter().zip(&rows[t][vectors..]).map(|(x, a)| x * a).sum();
+        sums[t].sum() + tail
+    })
+}
