@@ -139,6 +139,11 @@ impl Llama {
         Session::new(&*self.device, &self.config, capacity, &self.rope_table(capacity), self.lora_rank)
     }
 
+    /// Says which rank the adapter beside the weights has: sessions make room for it.
+    pub(crate) fn set_lora_rank(&mut self, rank: usize) {
+        self.lora_rank = rank;
+    }
+
     /// Cosines and sines of the first `positions` positions, f32[positions, head_dim].
     pub fn rope_table(&self, positions: usize) -> Vec<f32> {
         rope::table(positions, self.config.head_dim, self.config.rope_theta as f32, &self.rope_scaling)

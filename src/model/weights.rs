@@ -151,6 +151,33 @@ impl Linear {
         self.queue(device, x, Some((lora, shrunk)), y, m)
     }
 
+    /// Queues dx[m, k] = dy[m, n]·W + dS·A with dS = `adapter`'s buffer, f32[m, r]; added to dx where `add`.
+    pub fn apply_transposed(
+        &self,
+        device: &dyn Device,
+        dy: &Buffer,
+        adapter: Option<(&Lora, &Buffer)>,
+        dx: &Buffer,
+        m: usize,
+        add: bool,
+    ) -> Result<(), Error> {
+        let Matrix { n, k, format, .. } = self.matrix;
+        let op = ops::find("qmatmul_t", format.name());
+        for (i, shard) in self.matrix.shards.iter().enumerate() {
+            let adapter = adapter.filter(|_| i == 0);
+            let r = adapter.map_or(0, |(lora, _)| lora.r);
+            let own = [m, shard.n, k, n, shard.y0, r, (add || i > 0) as usize];
+            let dims = self.matrix.dims(op, &own, &[]);
+            let (ds, a) = adapter.map_or((&self.empty, &self.empty), |(lora, ds)| (ds, &lora.a));
+            let mut args = Vec::with_capacity(10);
+            args.push(dy);
+            args.extend(&shard.parts);
+            args.extend([ds, a, dx]);
+            device::run(device, op, &args, &dims)?;
+        }
+        Ok(())
+    }
+
     /// Queues y[m, n] = x[m, k]·Wᵀ + bias + scale·S·Bᵀ with S = `shrunk`, f32[m, r].
     pub fn queue(
         &self,
@@ -180,10 +207,10 @@ impl Linear {
 impl Lora {
     /// Queues S[m, r] = x[m, k]·Aᵀ.
     pub fn shrink(&self, device: &dyn Device, x: &Buffer, s: &Buffer, m: usize, k: usize) -> Result<(), Error> {
-        let op = ops::find("qmatmul", "f32");
-        let dims = op.dims(&[m, self.r, k, self.r, 0, 0, 0], &[0.0]);
+        let op = ops::find("lora_shrink", "f32");
+        let dims = op.dims(&[m, k, self.r, self.r, 0, 0], &[]);
         let none = s.view(0, 0);
-        Ok(device::run(device, op, &[x, &self.a, &none, &none, &none, s], &dims)?)
+        Ok(device::run(device, op, &[x, &self.a, &none, &none, s], &dims)?)
     }
 }
 
