@@ -4,6 +4,7 @@
 //! [`Device`] runs unchanged on every kind.
 
 pub mod cpu;
+pub mod profile;
 pub mod ptx_sim;
 
 use crate::op::{Caps, Dims, Kernel, OpSpec, Role};
