@@ -6,7 +6,7 @@
 //! ```text
 //! squared_norm:  part[p] = Σ x[i]² over i in p·c .. min((p+1)·c, N), c = ⌈N/P⌉
 //! adamw:         g = g · min(1, max_norm / (sqrt(Σ part) + 1e-6))        where P > 0; parts added in order
-//!                m = m + rate1 · (g − m)
+//!                m = (1 − rate1) · m + rate1 · g
 //!                v = (1 − rate2) · v + rate2 · g²
 //!                p = p − lr·decay · p − lr · (m / bias1) / (sqrt(v / bias2) + eps)
 //! ```
@@ -56,7 +56,7 @@ pub static SQUARED_NORM: OpSpec = OpSpec {
 pub static ADAMW: OpSpec = OpSpec {
     name: "adamw",
     format: "f32",
-    formula: "g *= min(1, max_norm/(sqrt(Σ part) + 1e-6)) where P > 0; m += rate1·(g − m); v = (1 − rate2)·v + rate2·g²; \
+    formula: "g *= min(1, max_norm/(sqrt(Σ part) + 1e-6)) where P > 0; m = (1 − rate1)·m + rate1·g; v = (1 − rate2)·v + rate2·g²; \
               p −= lr·decay·p + lr·(m/bias1)/(sqrt(v/bias2) + eps)",
     dims: &["N", "P"],
     scalars: &["lr", "rate1", "rate2", "eps", "decay", "bias1", "bias2", "max_norm"],
@@ -73,7 +73,7 @@ pub static ADAMW: OpSpec = OpSpec {
         roundings: |d| (d["P"] as f64).sqrt() + 12.0,
         nmse: 1e-12,
         why: "P parts are added and their root divides: half of sqrt(P) roundings and three, twice that in g². m is made \
-              of a product and two sums, relative to the sizes of its terms, v of two products and a sum of one sign; the \
+              of two products and a sum, relative to the sizes of its terms, v of two products and a sum of one sign; the \
               step divides by v's root, so half of v's error counts, and rounds seven times itself",
     },
     // N, P; lr, rate1, rate2, eps, decay, bias1, bias2, max_norm
@@ -147,9 +147,9 @@ fn oracle(d: &Dims, args: &[HostTensor]) -> Vec<Expected> {
     let mut out = [0; 3].map(|_| Expected { value: Vec::new(), magnitude: Vec::new() });
     for i in 0..g.len() {
         let g = clip * g[i];
-        let new_m = m[i] + rate1 * (g - m[i]);
+        let new_m = (1.0 - rate1) * m[i] + rate1 * g;
         let new_v = (1.0 - rate2) * v[i] + rate2 * g * g;
-        let size_m = m[i].abs() + rate1 * (g.abs() + m[i].abs());
+        let size_m = (1.0 - rate1) * m[i].abs() + rate1 * g.abs();
         let (root, shrunk) = ((new_v / bias2).sqrt(), lr * decay * p[i]);
         let step = |m: f64| lr * (m / bias1) / (root + eps);
         let size_step = step(size_m) + step(new_m).abs();
@@ -193,10 +193,10 @@ fn in_chunks(d: &Dims, args: &mut [Slice<'_>], body: fn(&Dims, f32, Run<'_>)) {
 fn update(d: &Dims, clip: f32, (g, p, m, v): Run<'_>) {
     let names = ["lr", "rate1", "rate2", "eps", "decay", "bias1", "bias2"];
     let [lr, rate1, rate2, eps, decay, bias1, bias2] = names.map(|name| d.scalar(name));
-    let (keep, keep2, step) = (1.0 - lr * decay, 1.0 - rate2, lr / bias1);
+    let (keep, keep1, keep2, step) = (1.0 - lr * decay, 1.0 - rate1, 1.0 - rate2, lr / bias1);
     for (((g, p), m), v) in g.iter().zip(p).zip(m).zip(v) {
         let g = clip * g;
-        *m += rate1 * (g - *m);
+        *m = keep1 * *m + rate1 * g;
         *v = keep2 * *v + rate2 * (g * g);
         *p = keep * *p - step * *m / ((*v / bias2).sqrt() + eps);
     }
