@@ -4,6 +4,7 @@ mod adapter;
 mod doctor;
 mod embed;
 mod eval;
+mod finetune;
 mod generate;
 mod quantize;
 mod verify;
@@ -20,12 +21,14 @@ use handmill::device::{self, Device};
 use handmill::model::adapter as lora;
 use handmill::model::generate::LanguageModel;
 use handmill::model::weights::LoadOptions;
+use handmill::train::metrics::peak_bytes;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 
 /// Quantized language models on hand-written kernels, with the measurements beside them.
 ///
-/// Results go to stdout, progress and timings to stderr. Exit codes: 0 done, 1 an error or a failed check, 2 wrong use.
+/// Results go to stdout, progress and timings to stderr. Exit codes: 0 done, 1 an error or a failed check, 2 wrong use,
+/// 130 interrupted.
 /// RUST_LOG=debug shows what the library logs.
 #[derive(Parser)]
 #[command(name = "handmill", version, max_term_width = 100, arg_required_else_help = true)]
@@ -42,6 +45,7 @@ enum Command {
     Eval(eval::Eval),
     Embed(embed::Embed),
     Quantize(quantize::Quantize),
+    Finetune(Box<finetune::Finetune>),
     Adapter(adapter::Adapter),
 }
 
@@ -66,6 +70,11 @@ struct Usage(String);
 #[error("checks failed")]
 struct ChecksFailed;
 
+/// Ctrl-C: what was done is saved, and said already. Exit code 130, as shells have it.
+#[derive(Debug, thiserror::Error)]
+#[error("interrupted")]
+struct Interrupted;
+
 /// Runs the command that the arguments name.
 pub fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
@@ -84,6 +93,7 @@ pub fn main() -> ExitCode {
         Command::Eval(command) => command.run(),
         Command::Embed(command) => command.run(),
         Command::Quantize(command) => command.run(),
+        Command::Finetune(command) => command.run(),
         Command::Adapter(command) => command.run(),
     };
     let Err(error) = result.and_then(|()| Ok(io::stdout().flush()?)) else {
@@ -97,6 +107,9 @@ pub fn main() -> ExitCode {
     let place = if bare.is_some() { "stdout: " } else { "" };
     if error.is::<ChecksFailed>() {
         return ExitCode::from(1);
+    }
+    if error.is::<Interrupted>() {
+        return ExitCode::from(130);
     }
     let _ = writeln!(io::stderr(), "error: {place}{}", chain(&error));
     ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
@@ -166,14 +179,6 @@ fn progress(total: usize, unit: &str) -> ProgressBar {
     let template = format!("{{bar:30}} {{human_pos}} of {{human_len}} {unit}, {{per_sec}}, {{eta}} left");
     let style = ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar());
     ProgressBar::new(total as u64).with_style(style)
-}
-
-/// The most memory this process has had resident, in bytes; none where the system does not tell.
-fn peak_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
 }
 
 /// Bytes in the unit a person reads.

@@ -166,7 +166,11 @@ impl Found {
     pub fn restore(&self, device: &dyn Device, parameters: &Parameters) -> Result<(), Error> {
         let half = 4 * parameters.len;
         if self.optimizer.len() != 2 * half {
-            let what = format!("has {} bytes, {} are expected: was it written on another device?", self.optimizer.len(), 2 * half);
+            let what = format!(
+                "has {} bytes, {} are expected: was it written on another device?",
+                self.optimizer.len(),
+                2 * half
+            );
             return Err(Error::file(&self.path.join(OPTIMIZER), what));
         }
         device.write(&parameters.mean, 0, &self.optimizer[..half])?;

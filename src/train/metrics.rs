@@ -93,8 +93,11 @@ pub fn curve(lines: &[Line], before: Option<f64>) -> String {
     const TOP: f64 = 16.0;
     const RIGHT: f64 = 16.0;
     const BOTTOM: f64 = 40.0;
-    let held_out: Vec<(usize, f64)> =
-        before.map(|loss| (0, loss)).into_iter().chain(lines.iter().filter_map(|l| Some((l.step, l.eval_loss?)))).collect();
+    let held_out: Vec<(usize, f64)> = before
+        .map(|loss| (0, loss))
+        .into_iter()
+        .chain(lines.iter().filter_map(|l| Some((l.step, l.eval_loss?))))
+        .collect();
     let all = || lines.iter().map(|line| line.loss).chain(held_out.iter().map(|point| point.1));
     let (mut low, mut high) = all().fold((f64::INFINITY, 0f64), |(low, high), loss| (low.min(loss), high.max(loss)));
     if !low.is_finite() {

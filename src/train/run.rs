@@ -243,6 +243,46 @@ pub fn check_settings(found: &Map<String, Value>, wanted: &Map<String, Value>, o
     if differ.is_empty() {
         return Ok(());
     }
-    let what = format!("the run in it had other settings: {}; resume with the same, or start anew with --restart", differ.join(", "));
+    let what = format!(
+        "the run in it had other settings: {}; resume with the same, or start anew with --restart",
+        differ.join(", ")
+    );
     Err(Error::file(out, what))
+}
+
+/// Holds a run's directory, which is made where it is missing, until dropped. An error where another run holds it.
+pub fn lock(out: &Path) -> Result<fs::File, Error> {
+    fs::create_dir_all(out).map_err(|cause| Error::io(out, cause))?;
+    let path = out.join(".lock");
+    let file = fs::File::create(&path).map_err(|cause| Error::io(&path, cause))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(fs::TryLockError::WouldBlock) => {
+            Err(Error::file(out, "is being written by another run: wait for it, or name another directory"))
+        }
+        Err(fs::TryLockError::Error(cause)) => Err(Error::io(&path, cause)),
+    }
+}
+
+/// Readies a directory for a run from the beginning. An error where an unfinished run is in it, unless `restart`.
+pub fn clear(out: &Path, restart: bool) -> Result<(), Error> {
+    let finished = fs::read_to_string(out.join("run.json")).is_ok_and(|text| {
+        let status =
+            serde_json::from_str::<Value>(&text).ok().and_then(|run| Some(run.get("status")?.as_str()?.to_string()));
+        status.is_some_and(|status| status == Ending::Finished.name() || status == Ending::EarlyStop.name())
+    });
+    if checkpoint::exists(out) && !finished && !restart {
+        let what = "holds a run that did not come to its end: go on with --resume, or start anew with --restart";
+        return Err(Error::file(out, what));
+    }
+    checkpoint::clear(out)?;
+    for name in ["adapter_model.safetensors", "adapter_config.json", "run.json", metrics::FILE, "loss.svg"] {
+        match fs::remove_file(out.join(name)) {
+            Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::io(&out.join(name), cause))
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }

@@ -136,7 +136,8 @@ fn loss_and_gradients_are_those_of_peft() {
             let error = (norm(got) - expected).abs() / expected;
             assert!(error < 1e-3, "{name}: norm {}, PEFT has {expected}", norm(got));
             norms += 1;
-            let Some(stored) = full.tensors.iter().find(|tensor| tensor.name.starts_with(&format!("grad.{stem}.{half}")))
+            let Some(stored) =
+                full.tensors.iter().find(|tensor| tensor.name.starts_with(&format!("grad.{stem}.{half}")))
             else {
                 continue;
             };
