@@ -74,8 +74,23 @@ pub struct Linear {
     pub matrix: Matrix,
     /// `f32[n]`, cut like the matrix; none where there is no bias.
     pub bias: Option<Vec<Buffer>>,
+    /// The adapter beside it.
+    pub lora: Option<Lora>,
     op: &'static OpSpec,
     empty: Buffer,
+}
+
+/// The two factors of an adapter beside a projection: y = x·Wᵀ + bias + scale·(x·Aᵀ)·Bᵀ.
+#[derive(Clone)]
+pub struct Lora {
+    /// Rank.
+    pub r: usize,
+    /// What the low-rank term is multiplied with.
+    pub scale: f32,
+    /// A, f32[r, k].
+    pub a: Buffer,
+    /// B, f32[n, r], cut like the matrix.
+    pub b: Vec<Buffer>,
 }
 
 /// A table of rows that ids pick from.
@@ -115,23 +130,89 @@ impl Linear {
     /// A projection without bias by a matrix that is already there, such as a tied embedding.
     pub fn new(device: &dyn Device, matrix: Matrix) -> Result<Linear, Error> {
         let op = ops::find("qmatmul", matrix.format.name());
-        Ok(Linear { matrix, bias: None, op, empty: device.alloc(0)? })
+        Ok(Linear { matrix, bias: None, lora: None, op, empty: device.alloc(0)? })
     }
 
-    /// Queues y[m, n] = x[m, k]·Wᵀ + bias.
+    /// Queues y[m, n] = x[m, k]·Wᵀ + bias, whatever adapter is beside it.
     pub fn apply(&self, device: &dyn Device, x: &Buffer, y: &Buffer, m: usize) -> Result<(), Error> {
-        let Matrix { n, k, .. } = self.matrix;
+        self.queue(device, x, None, y, m)
+    }
+
+    /// Queues y[m, n] = x[m, k]·Wᵀ + bias, and its adapter's term where there is one. `shrunk` has room for f32[m, r] and
+    /// keeps x·Aᵀ.
+    pub fn apply_adapted(
+        &self,
+        device: &dyn Device,
+        x: &Buffer,
+        shrunk: &Buffer,
+        y: &Buffer,
+        m: usize,
+    ) -> Result<(), Error> {
+        let Some(lora) = &self.lora else { return self.queue(device, x, None, y, m) };
+        lora.shrink(device, x, shrunk, m, self.matrix.k)?;
+        self.queue(device, x, Some((lora, shrunk)), y, m)
+    }
+
+    /// Queues dx[m, k] = dy[m, n]·W + dS·A with dS = `adapter`'s buffer, f32[m, r]; added to dx where `add`.
+    pub fn apply_transposed(
+        &self,
+        device: &dyn Device,
+        dy: &Buffer,
+        adapter: Option<(&Lora, &Buffer)>,
+        dx: &Buffer,
+        m: usize,
+        add: bool,
+    ) -> Result<(), Error> {
+        let Matrix { n, k, format, .. } = self.matrix;
+        let op = ops::find("qmatmul_t", format.name());
         for (i, shard) in self.matrix.shards.iter().enumerate() {
-            let own = [m, shard.n, k, n, shard.y0, self.bias.is_some() as usize, 0];
-            let dims = self.matrix.dims(self.op, &own, &[0.0]);
+            let adapter = adapter.filter(|_| i == 0);
+            let r = adapter.map_or(0, |(lora, _)| lora.r);
+            let own = [m, shard.n, k, n, shard.y0, r, (add || i > 0) as usize];
+            let dims = self.matrix.dims(op, &own, &[]);
+            let (ds, a) = adapter.map_or((&self.empty, &self.empty), |(lora, ds)| (ds, &lora.a));
+            let mut args = Vec::with_capacity(10);
+            args.push(dy);
+            args.extend(&shard.parts);
+            args.extend([ds, a, dx]);
+            device::run(device, op, &args, &dims)?;
+        }
+        Ok(())
+    }
+
+    /// Queues y[m, n] = x[m, k]·Wᵀ + bias + scale·S·Bᵀ with S = `shrunk`, f32[m, r].
+    pub fn queue(
+        &self,
+        device: &dyn Device,
+        x: &Buffer,
+        adapter: Option<(&Lora, &Buffer)>,
+        y: &Buffer,
+        m: usize,
+    ) -> Result<(), Error> {
+        let Matrix { n, k, .. } = self.matrix;
+        let (r, scale) = adapter.map_or((0, 0.0), |(lora, _)| (lora.r, lora.scale));
+        for (i, shard) in self.matrix.shards.iter().enumerate() {
+            let own = [m, shard.n, k, n, shard.y0, self.bias.is_some() as usize, r];
+            let dims = self.matrix.dims(self.op, &own, &[scale]);
             let bias = self.bias.as_ref().map_or(&self.empty, |bias| &bias[i]);
+            let (s, b) = adapter.map_or((&self.empty, &self.empty), |(lora, shrunk)| (shrunk, &lora.b[i]));
             let mut args = Vec::with_capacity(10);
             args.push(x);
             args.extend(&shard.parts);
-            args.extend([bias, &self.empty, &self.empty, y]);
+            args.extend([bias, s, b, y]);
             device::run(device, self.op, &args, &dims)?;
         }
         Ok(())
+    }
+}
+
+impl Lora {
+    /// Queues S[m, r] = x[m, k]·Aᵀ.
+    pub fn shrink(&self, device: &dyn Device, x: &Buffer, s: &Buffer, m: usize, k: usize) -> Result<(), Error> {
+        let op = ops::find("lora_shrink", "f32");
+        let dims = op.dims(&[m, k, self.r, self.r, 0, 0], &[]);
+        let none = s.view(0, 0);
+        Ok(device::run(device, op, &[x, &self.a, &none, &none, s], &dims)?)
     }
 }
 
