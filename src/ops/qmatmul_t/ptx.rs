@@ -1,18 +1,41 @@
-//! `qmatmul_t` in PTX:
+//! `qmatmul_t` in PTX, up to two rungs a format:
 //!
 //! | variant | idea | for |
 //! | --- | --- | --- |
 //! | `naive` | one value of dx a thread | reading |
+//! | `mma` | tensor cores; dy in bf16, W decoded to bf16 in registers, its scales once a tile in shared memory | training |
+//!
+//! How much of the tolerance `mma` uses: as in `qmatmul`, one rounding of u = 2^-8 for each weight, and N·2^-14·u for the
+//! sums in the tensor cores; decoding, the low-rank term and what dx held before are f32 work. So even when no two errors
+//! cancel, two of the sqrt(N + R) + 6 roundings of u are enough for N up to 2^14.
 
 use crate::op::*;
+use crate::tensor::Dtype;
 
 pub const KERNELS_F32: &[Kernel] = &[ptx!("qmatmul_t_f32_naive", row_by_columns, columns_fit)];
 pub const KERNELS_F16: &[Kernel] = &[ptx!("qmatmul_t_f16_naive", row_by_columns, columns_fit)];
 pub const KERNELS_BF16: &[Kernel] = &[ptx!("qmatmul_t_bf16_naive", row_by_columns, columns_fit)];
-pub const KERNELS_Q4: &[Kernel] = &[ptx!("qmatmul_t_q4_naive", row_by_columns, columns_fit)];
-pub const KERNELS_Q8: &[Kernel] = &[ptx!("qmatmul_t_q8_naive", row_by_columns, columns_fit)];
-pub const KERNELS_NF4: &[Kernel] = &[ptx!("qmatmul_t_nf4_naive", row_by_columns, columns_fit)];
-pub const KERNELS_NF4DQ: &[Kernel] = &[ptx!("qmatmul_t_nf4dq_naive", row_by_columns, columns_fit)];
+pub const KERNELS_Q4: &[Kernel] = &[
+    ptx!("qmatmul_t_q4_naive", row_by_columns, columns_fit),
+    tensor_cores(ptx!("qmatmul_t_q4_mma", tiles_q4, vectors_fit)),
+];
+pub const KERNELS_Q8: &[Kernel] = &[
+    ptx!("qmatmul_t_q8_naive", row_by_columns, columns_fit),
+    tensor_cores(ptx!("qmatmul_t_q8_mma", tiles_q8, vectors_fit)),
+];
+pub const KERNELS_NF4: &[Kernel] = &[
+    ptx!("qmatmul_t_nf4_naive", row_by_columns, columns_fit),
+    tensor_cores(ptx!("qmatmul_t_nf4_mma", tiles_nf4, vectors_fit)),
+];
+pub const KERNELS_NF4DQ: &[Kernel] = &[
+    ptx!("qmatmul_t_nf4dq_naive", row_by_columns, columns_fit),
+    tensor_cores(ptx!("qmatmul_t_nf4dq_mma", tiles_nf4, vectors_fit)),
+];
+
+/// The same with activations in bf16.
+const fn tensor_cores(kernel: Kernel) -> Kernel {
+    Kernel { act: Dtype::BF16, ..kernel }
+}
 
 /// `naive`: a block is 128 columns of one row.
 fn row_by_columns(d: &Dims) -> Launch {
@@ -22,4 +45,30 @@ fn row_by_columns(d: &Dims) -> Launch {
 /// A grid has 65,535 blocks along its second axis.
 fn columns_fit(d: &Dims, _: &Caps) -> bool {
     d["K"].div_ceil(128) <= 65_535
+}
+
+/// `mma`: tiles of 64 rows by 128 columns of dx; shared memory holds three tiles of dy and of codes, and two of scales.
+fn tiles(d: &Dims, shared_bytes: u32) -> Launch {
+    Launch { grid: [d["M"].div_ceil(64) as u32, d["K"].div_ceil(128) as u32, 1], block: [128, 1, 1], shared_bytes }
+}
+
+/// Scales and mins of eight groups of 16 columns.
+fn tiles_q4(d: &Dims) -> Launch {
+    tiles(d, 3 * (64 * 128 + 64 * 64) + 2 * 2 * 8 * 64 * 4)
+}
+
+/// Scales and mins of eight groups of 16 columns.
+fn tiles_q8(d: &Dims) -> Launch {
+    tiles(d, 3 * (64 * 128 + 64 * 128) + 2 * 2 * 8 * 64 * 4)
+}
+
+/// Scales of two blocks.
+fn tiles_nf4(d: &Dims) -> Launch {
+    tiles(d, 3 * (64 * 128 + 64 * 64) + 2 * 2 * 64 * 4)
+}
+
+/// Rows of dy and of codes begin at multiples of 16 bytes.
+fn vectors_fit(d: &Dims, caps: &Caps) -> bool {
+    let rows_of_dy = d["LDY"].is_multiple_of(8) && d["Y0"].is_multiple_of(8);
+    columns_fit(d, caps) && rows_of_dy && d["K"].is_multiple_of(32)
 }
