@@ -67,7 +67,7 @@ const Q8_CASES: &[Case] = &[
     case(&[65, 7, 256, 7, 0, 8, 0, 32, 1, 1], "f32 scales and mins, as Q5_K becomes"),
     case(&[2, 257, 384, 257, 0, 33, 1, 128, 0, 1], "groups of 128 with f16 mins, odd rank, added to dx"),
     case(&[130, 136, 192, 152, 8, 0, 1, 16, 0, 1], "past tiles of 64 and 128, groups of 16 with f16 mins, added to dx"),
-    case(&[66, 67, 288, 72, 0, 20, 0, 32, 1, 1], "rows of W past a tile, an odd number; f32 mins, rank 20"),
+    case(&[66, 67, 304, 72, 0, 20, 0, 16, 1, 1], "rows of W past a tile, an odd number; 19 groups, f32 mins, rank 20"),
     case(&[17, 129, 256, 136, 0, 0, 0, 128, 1, 0], "groups of 128, f32 scales"),
     case(&[33, 192, 576, 192, 0, 8, 0, 32, 0, 0], "SmolLM2-135M's keys"),
     case(&[16, 768, 576, 768, 0, 0, 1, 32, 0, 0], "a slice of SmolLM2-135M's head, added to dx"),

@@ -5,9 +5,9 @@
 //! | `naive` | one value of dx a thread | reading |
 //! | `mma` | tensor cores; dy in bf16, W decoded to bf16 in registers, its scales once a tile in shared memory | training |
 //!
-//! How much of the tolerance `mma` uses: as in `qmatmul`, one rounding of u = 2^-8 for each weight, and N·2^-14·u for the
-//! sums in the tensor cores; decoding, the low-rank term and what dx held before are f32 work. So even when no two errors
-//! cancel, two of the sqrt(N + R) + 6 roundings of u are enough for N up to 2^14.
+//! How much of the tolerance `mma` uses: as in `qmatmul`, one rounding of u = 2^-8 for each weight and N·2^-14·u, below
+//! sqrt(N)·u for N up to 2^28, for the sums in the tensor cores; decoding, the low-rank term and what dx held before are
+//! f32 work. So even when no two errors cancel, all of them fit in the sqrt(N + R) + 6 roundings of u that are allowed.
 
 use crate::op::*;
 use crate::tensor::Dtype;
@@ -17,19 +17,19 @@ pub const KERNELS_F16: &[Kernel] = &[ptx!("qmatmul_t_f16_naive", row_by_columns,
 pub const KERNELS_BF16: &[Kernel] = &[ptx!("qmatmul_t_bf16_naive", row_by_columns, columns_fit)];
 pub const KERNELS_Q4: &[Kernel] = &[
     ptx!("qmatmul_t_q4_naive", row_by_columns, columns_fit),
-    tensor_cores(ptx!("qmatmul_t_q4_mma", tiles_q4, vectors_fit)),
+    tensor_cores(ptx!("qmatmul_t_q4_mma", tiles_q4, rows_of_q4_fit)),
 ];
 pub const KERNELS_Q8: &[Kernel] = &[
     ptx!("qmatmul_t_q8_naive", row_by_columns, columns_fit),
-    tensor_cores(ptx!("qmatmul_t_q8_mma", tiles_q8, vectors_fit)),
+    tensor_cores(ptx!("qmatmul_t_q8_mma", tiles_q8, rows_fit)),
 ];
 pub const KERNELS_NF4: &[Kernel] = &[
     ptx!("qmatmul_t_nf4_naive", row_by_columns, columns_fit),
-    tensor_cores(ptx!("qmatmul_t_nf4_mma", tiles_nf4, vectors_fit)),
+    tensor_cores(ptx!("qmatmul_t_nf4_mma", tiles_nf4, rows_fit)),
 ];
 pub const KERNELS_NF4DQ: &[Kernel] = &[
     ptx!("qmatmul_t_nf4dq_naive", row_by_columns, columns_fit),
-    tensor_cores(ptx!("qmatmul_t_nf4dq_mma", tiles_nf4, vectors_fit)),
+    tensor_cores(ptx!("qmatmul_t_nf4dq_mma", tiles_nf4, rows_fit)),
 ];
 
 /// The same with activations in bf16.
@@ -67,8 +67,12 @@ fn tiles_nf4(d: &Dims) -> Launch {
     tiles(d, 3 * (64 * 128 + 64 * 64) + 2 * 2 * 64 * 4)
 }
 
-/// Rows of dy and of codes begin at multiples of 16 bytes.
-fn vectors_fit(d: &Dims, caps: &Caps) -> bool {
-    let rows_of_dy = d["LDY"].is_multiple_of(8) && d["Y0"].is_multiple_of(8);
-    columns_fit(d, caps) && rows_of_dy && d["K"].is_multiple_of(32)
+/// Rows of dy begin at multiples of 16 bytes; rows of codes do by their groups.
+fn rows_fit(d: &Dims, caps: &Caps) -> bool {
+    columns_fit(d, caps) && d["LDY"].is_multiple_of(8) && d["Y0"].is_multiple_of(8)
+}
+
+/// Rows of 4-bit codes begin at multiples of 16 bytes too: all but groups of 16 in odd number see to that.
+fn rows_of_q4_fit(d: &Dims, caps: &Caps) -> bool {
+    rows_fit(d, caps) && d["K"].is_multiple_of(32)
 }
