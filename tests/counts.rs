@@ -1,5 +1,5 @@
-//! What the fast PTX rungs of `qmatmul` and `qmatmul_t` move, and how: counts by the executor, exact on any machine. A kernel that reads
-//! a weight twice, wastes part of a sector or lets lanes wait for a shared-memory bank fails here.
+//! What the fast PTX rungs of `qmatmul` and `qmatmul_t` move, and how: counts by the executor, exact on any machine.
+//! A kernel that reads a weight twice, wastes part of a sector or lets lanes wait for a shared-memory bank fails here.
 
 use handmill::op::{Dims, Kernel, Launch, OpSpec, Source};
 use handmill::verify;
