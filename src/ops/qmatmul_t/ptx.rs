@@ -3,11 +3,11 @@
 //! | variant | idea | for |
 //! | --- | --- | --- |
 //! | `naive` | one value of dx a thread | reading |
-//! | `mma` | tensor cores; dy in bf16, W decoded to bf16 in registers, its scales once a tile in shared memory | training |
+//! | `mma` | tensor cores; dy in bf16, W decoded to bf16 in registers, its scales staged once a tile | training |
 //!
 //! How much of the tolerance `mma` uses: as in `qmatmul`, one rounding of u = 2^-8 for each weight and N·2^-14·u, below
-//! sqrt(N)·u for N up to 2^28, for the sums in the tensor cores; decoding, the low-rank term and what dx held before are
-//! f32 work. So even when no two errors cancel, all of them fit in the sqrt(N + R) + 6 roundings of u that are allowed.
+//! sqrt(N)·u for N up to 2^28, for the sums in the tensor cores; decoding, the low-rank term and what dx held before
+//! are f32 work. So even when no two errors cancel, all fit in the sqrt(N + R) + 6 roundings of u that are allowed.
 
 use crate::op::*;
 use crate::tensor::Dtype;
