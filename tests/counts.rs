@@ -129,3 +129,65 @@ fn mma_moves_each_tile_once_without_conflicts() {
         }
     }
 }
+
+/// Begins and ends the ladder in the README.
+const MARKS: [&str; 2] = ["<!-- ladder: written by tests/counts.rs -->\n", "<!-- /ladder -->"];
+
+/// A rung's row: what the assembler and the executor say of it.
+fn rung(format: &str, variant: &str, m: usize, resources: &str) -> String {
+    let run = count("qmatmul", format, variant, m);
+    let stem = run.kernel.stem;
+    // | `stem` | threads | registers | ..
+    let of_stem = |line: &&str| line.starts_with(&format!("| `{stem}` |"));
+    let line = resources.lines().find(of_stem).unwrap_or_else(|| panic!("kernels/RESOURCES.md has no {stem}"));
+    let registers = line.split('|').nth(3).expect("its registers").trim();
+
+    let (mut w, mut w_moved) = (0, 0);
+    for name in run.parts_of_w() {
+        let (bytes, moved) = run.arg(name);
+        (w, w_moved) = (w + bytes, w_moved + moved.sector_read);
+    }
+    let (x, x_moved) = run.arg("x");
+    let times = |moved: u64, bytes: u64| moved as f64 / bytes as f64;
+    let counts = &run.counts;
+    let lanes = counts.thread_instructions as f64 / (m * N * K) as f64;
+    format!(
+        "| `{stem}` | {m} | {registers} | {} | {:.2} | {:.0} | {:.1} | {:.0} % | {} | {lanes:.2} |\n",
+        run.work.shared_bytes,
+        times(w_moved, w),
+        times(x_moved.sector_read, x),
+        times(counts.global.sectors, counts.global.requests),
+        100.0 * times(counts.global.bytes, 32 * counts.global.sectors),
+        counts.shared.conflicts,
+    )
+}
+
+/// `HANDMILL_WRITE=1` writes it.
+#[test]
+fn the_readme_has_the_ladder_that_is_counted() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let resources = std::fs::read_to_string(root.join("kernels/RESOURCES.md")).expect("kernels/RESOURCES.md");
+    let mut ladder = String::from(
+        "| rung | M | registers | dynamic shared B | W read, times | x read, times | sectors a request | \
+         of them used | bank conflicts | instructions a multiply-add |\n\
+         | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n",
+    );
+    for (variant, m) in [("naive", 1), ("warp", 1), ("naive", 16), ("warp", 16), ("mma", 16), ("mma", 128)] {
+        ladder += &rung("q4", variant, m, &resources);
+    }
+    for format in ["q8", "nf4", "nf4dq"] {
+        ladder += &rung(format, "warp", 1, &resources);
+        ladder += &rung(format, "mma", 128, &resources);
+    }
+
+    let path = root.join("README.md");
+    let readme = std::fs::read_to_string(&path).expect("README.md");
+    let start = readme.find(MARKS[0]).expect("the ladder's mark") + MARKS[0].len();
+    let end = start + readme[start..].find(MARKS[1]).expect("the ladder's end");
+    if std::env::var_os("HANDMILL_WRITE").is_some() {
+        std::fs::write(&path, format!("{}{ladder}{}", &readme[..start], &readme[end..])).expect("README.md");
+    } else {
+        let hint = "HANDMILL_WRITE=1 cargo test --test counts writes it";
+        assert_eq!(&readme[start..end], ladder, "README.md's ladder is stale; {hint}");
+    }
+}
