@@ -13,6 +13,7 @@ pub mod op;
 pub mod ops;
 pub mod quant;
 pub mod tensor;
+pub mod train;
 pub mod verify;
 
 pub use error::Error;

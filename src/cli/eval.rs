@@ -9,7 +9,7 @@ use handmill::aside;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
 
-use super::{note, open_model, peak_bytes, print_json, progress, read_text, Common, ModelFlag};
+use super::{note, open_model, peak_bytes, print_json, progress, read_text, AdapterFlag, Common, ModelFlag};
 
 /// Measure a model's perplexity on a text
 ///
@@ -19,6 +19,8 @@ use super::{note, open_model, peak_bytes, print_json, progress, read_text, Commo
 pub struct Eval {
     #[command(flatten)]
     model: ModelFlag,
+    #[command(flatten)]
+    adapter: AdapterFlag,
     /// A text file, UTF-8
     #[arg(long, value_name = "FILE")]
     text: PathBuf,
@@ -36,7 +38,7 @@ impl Eval {
     pub fn run(&self) -> Result<()> {
         let text = read_text(&self.text)?;
         let device = self.common.open_device()?;
-        let model = open_model(&self.model.model, &device)?;
+        let model = open_model(&self.model.model, &self.adapter, &device)?;
         let mut ids = model.tokenizer.encode(&text)?;
         let (all, context) = (ids.len(), model.llama.config.max_positions);
         ids.truncate(self.max_tokens.map_or(context, |max| max as usize));

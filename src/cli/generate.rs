@@ -11,7 +11,7 @@ use handmill::model::generate::{Ending, GenerateOptions, Generated, LanguageMode
 use handmill::model::sampler::{self, Sampler, SamplerSettings};
 use serde_json::json;
 
-use super::{human_bytes, note, open_model, peak_bytes, print_json, read_text, Common, ModelFlag, Usage};
+use super::{human_bytes, note, open_model, peak_bytes, print_json, read_text, AdapterFlag, Common, ModelFlag, Usage};
 
 /// Continue a prompt
 ///
@@ -22,6 +22,8 @@ use super::{human_bytes, note, open_model, peak_bytes, print_json, read_text, Co
 pub struct Generate {
     #[command(flatten)]
     model: ModelFlag,
+    #[command(flatten)]
+    adapter: AdapterFlag,
     #[command(flatten)]
     prompt: Prompt,
     /// Say the prompt as the user's message in the model's chat template
@@ -93,7 +95,7 @@ impl Generate {
             _ => unreachable!("clap asks for one of the two"),
         };
         let device = self.common.open_device()?;
-        let model = open_model(&self.model.model, &device)?;
+        let model = open_model(&self.model.model, &self.adapter, &device)?;
         let prompt_ids = self.prompt_ids(&model, prompt)?;
         if self.max_tokens > 0 && prompt_ids.is_empty() {
             anyhow::bail!("the prompt has no tokens, and this model begins no text by itself: give a prompt");

@@ -1,8 +1,10 @@
 //! Commands: their flags and what they print. Results go to stdout, everything else to stderr.
 
+mod adapter;
 mod doctor;
 mod embed;
 mod eval;
+mod finetune;
 mod generate;
 mod quantize;
 mod sim;
@@ -18,14 +20,17 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 use handmill::device::{self, Device};
+use handmill::model::adapter as lora;
 use handmill::model::generate::LanguageModel;
 use handmill::model::weights::LoadOptions;
+use handmill::train::metrics::peak_bytes;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 
 /// Quantized language models on hand-written kernels, with the measurements beside them.
 ///
-/// Results go to stdout, progress and timings to stderr. Exit codes: 0 done, 1 an error or a failed check, 2 wrong use.
+/// Results go to stdout, progress and timings to stderr. Exit codes: 0 done, 1 an error or a failed check, 2 wrong use,
+/// 130 interrupted.
 /// RUST_LOG=debug shows what the library logs.
 #[derive(Parser)]
 #[command(name = "handmill", version, max_term_width = 100, arg_required_else_help = true)]
@@ -43,6 +48,8 @@ enum Command {
     Eval(eval::Eval),
     Embed(embed::Embed),
     Quantize(quantize::Quantize),
+    Finetune(Box<finetune::Finetune>),
+    Adapter(adapter::Adapter),
 }
 
 /// Flags of every command.
@@ -66,9 +73,16 @@ struct Usage(String);
 #[error("checks failed")]
 struct ChecksFailed;
 
+/// Ctrl-C: what was done is saved, and said already. Exit code 130, as shells have it.
+#[derive(Debug, thiserror::Error)]
+#[error("interrupted")]
+struct Interrupted;
+
 /// Runs the command that the arguments name.
 pub fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
+    // Mesa's layer that chooses a first adapter would look for a display and complain of none; `device::wgpu` chooses.
+    std::env::set_var("NODEVICE_SELECT", "1");
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(message) => {
@@ -85,6 +99,8 @@ pub fn main() -> ExitCode {
         Command::Eval(command) => command.run(),
         Command::Embed(command) => command.run(),
         Command::Quantize(command) => command.run(),
+        Command::Finetune(command) => command.run(),
+        Command::Adapter(command) => command.run(),
     };
     let Err(error) = result.and_then(|()| Ok(io::stdout().flush()?)) else {
         return ExitCode::SUCCESS;
@@ -97,6 +113,9 @@ pub fn main() -> ExitCode {
     let place = if bare.is_some() { "stdout: " } else { "" };
     if error.is::<ChecksFailed>() {
         return ExitCode::from(1);
+    }
+    if error.is::<Interrupted>() {
+        return ExitCode::from(130);
     }
     let _ = writeln!(io::stderr(), "error: {place}{}", chain(&error));
     ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
@@ -120,11 +139,16 @@ impl Common {
     }
 }
 
-/// Opens a decoder, saying on stderr what it does meanwhile.
-fn open_model(path: &Path, device: &Arc<dyn Device>) -> Result<LanguageModel> {
+/// Opens a decoder, saying on stderr what it does meanwhile, and puts an adapter beside its weights.
+fn open_model(path: &Path, adapter: &AdapterFlag, device: &Arc<dyn Device>) -> Result<LanguageModel> {
+    let adapter = adapter.adapter.as_ref().map(|path| Ok::<_, anyhow::Error>((path, lora::Adapter::open(path)?)));
+    let adapter = adapter.transpose().context("cannot open the adapter (a PEFT directory)")?;
     let spinner = spinner(format!("loading {}", path.display()));
-    let model = LanguageModel::open(path, device.clone(), &LoadOptions::default())
+    let mut model = LanguageModel::open(path, device.clone(), &LoadOptions::default())
         .context("cannot open the model (a .gguf file or a Hugging Face directory)")?;
+    if let Some((path, adapter)) = adapter {
+        model.llama.attach(&adapter).with_context(|| path.display().to_string())?;
+    }
     spinner.finish_and_clear();
     Ok(model)
 }
@@ -163,14 +187,6 @@ fn progress(total: usize, unit: &str) -> ProgressBar {
     ProgressBar::new(total as u64).with_style(style)
 }
 
-/// The most memory this process has had resident, in bytes; none where the system does not tell.
-fn peak_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
-}
-
 /// Bytes in the unit a person reads.
 fn human_bytes(bytes: u64) -> String {
     match bytes as f64 {
@@ -179,6 +195,14 @@ fn human_bytes(bytes: u64) -> String {
         b if b < 1e9 => format!("{:.1} MB", b / 1e6),
         b => format!("{:.2} GB", b / 1e9),
     }
+}
+
+/// An adapter's path as a flag.
+#[derive(Args)]
+struct AdapterFlag {
+    /// A LoRA adapter to run beside the model's weights: a PEFT directory
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
 }
 
 /// A model's path as a flag.

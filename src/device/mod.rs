@@ -5,6 +5,7 @@
 
 pub mod cpu;
 pub mod cuda;
+pub mod profile;
 pub mod ptx;
 pub mod ptx_sim;
 pub mod wgpu;
@@ -145,7 +146,12 @@ pub trait Device: Send + Sync {
 
 /// Queues the fastest kernel of `spec` with f32 activations that this device runs.
 pub fn run(device: &dyn Device, spec: &OpSpec, args: &[&Buffer], dims: &Dims) -> Result<()> {
-    match spec.choose(dims, Dtype::F32, device.caps()) {
+    run_as(Dtype::F32, device, spec, args, dims)
+}
+
+/// The same with activations of type `act`.
+pub fn run_as(act: Dtype, device: &dyn Device, spec: &OpSpec, args: &[&Buffer], dims: &Dims) -> Result<()> {
+    match spec.choose(dims, act, device.caps()) {
         Some(kernel) => device.launch(spec, kernel, args, dims),
         None => Err(Error::Unsupported { op: spec.id(), dims: dims.to_string(), device: device.id().to_string() }),
     }

@@ -19,7 +19,7 @@ use std::sync::Arc;
 
 use super::checkpoint::Checkpoint;
 use super::config::{Arch, Config, RopeScaling};
-use super::session::Session;
+use super::session::{Session, Workspace};
 use super::weights::{Embedding, Linear, LoadOptions, Loader};
 use crate::device::{self, Buffer, Device};
 use crate::error::Error;
@@ -40,6 +40,8 @@ pub struct Llama {
     pub norm: Buffer,
     /// Output head, [vocab, hidden]; shares the embedding's memory where the two are tied.
     pub head: Linear,
+    /// The rank of the adapter beside the weights; 0 where there is none.
+    pub(super) lora_rank: usize,
     rope_scaling: Scaling,
     ops: Ops,
 }
@@ -114,6 +116,7 @@ impl Llama {
             layers: (0..config.layers).map(|i| Layer::load(&loader, &config, i)).collect::<Result<_, _>>()?,
             norm: loader.vector("model.norm.weight")?,
             head,
+            lora_rank: 0,
             rope_scaling: rope_scaling(checkpoint)?,
             ops: Ops {
                 rmsnorm: ops::find("rmsnorm", "f32"),
@@ -134,9 +137,17 @@ impl Llama {
             let what = format!("a context of {capacity} tokens was asked for; this model takes 1 to {max}");
             return Err(Error::Request(what));
         }
-        let Config { head_dim, rope_theta, .. } = self.config;
-        let table = rope::table(capacity, head_dim, rope_theta as f32, &self.rope_scaling);
-        Session::new(&*self.device, &self.config, capacity, &table)
+        Session::new(&*self.device, &self.config, capacity, &self.rope_table(capacity), self.lora_rank)
+    }
+
+    /// Says which rank the adapter beside the weights has: sessions make room for it.
+    pub(crate) fn set_lora_rank(&mut self, rank: usize) {
+        self.lora_rank = rank;
+    }
+
+    /// Cosines and sines of the first `positions` positions, f32[positions, head_dim].
+    pub fn rope_table(&self, positions: usize) -> Vec<f32> {
+        rope::table(positions, self.config.head_dim, self.config.rope_theta as f32, &self.rope_scaling)
     }
 
     /// Appends `ids` to the session's text and gives the logits of the last one for [`Want::Last`], else nothing.
@@ -235,9 +246,9 @@ impl Llama {
         let direct = session.direct.then(|| (cache.0.view(at, bytes), cache.1.view(at, bytes)));
 
         self.rmsnorm(&work.x, &layer.attention_norm, &work.normed, m, hidden)?;
-        self.linear(&work.normed, &layer.q, q, m)?;
-        self.linear(&work.normed, &layer.k, k, m)?;
-        self.linear(&work.normed, &layer.v, direct.as_ref().map_or(&work.v, |direct| &direct.1), m)?;
+        self.linear(work, &work.normed, &layer.q, q, m)?;
+        self.linear(work, &work.normed, &layer.k, k, m)?;
+        self.linear(work, &work.normed, &layer.v, direct.as_ref().map_or(&work.v, |direct| &direct.1), m)?;
         if let Some((q_norm, k_norm)) = &layer.head_norms {
             self.rmsnorm(q, q_norm, q_next, m * heads, head_dim)?;
             self.rmsnorm(k, k_norm, k_next, m * kv_heads, head_dim)?;
@@ -254,7 +265,7 @@ impl Llama {
         let dims = self.ops.attention.dims(&[m, heads, kv_heads, head_dim, rows], &[scale]);
         let args = [q_next, &cache.0, &cache.1, &work.spans, &work.attention];
         device::run(device, self.ops.attention, &args, &dims)?;
-        self.linear(&work.attention, &layer.o, &work.delta, m)?;
+        self.linear(work, &work.attention, &layer.o, &work.delta, m)?;
         self.add(&work.x, &work.delta, &work.x_mid, m)
     }
 
@@ -262,17 +273,17 @@ impl Llama {
     fn feed_forward(&self, session: &Session, layer: &Layer, m: usize) -> Result<(), Error> {
         let (device, work) = (&*self.device, &session.work);
         self.rmsnorm(&work.x_mid, &layer.ffn_norm, &work.normed, m, self.config.hidden)?;
-        self.linear(&work.normed, &layer.gate, &work.gate, m)?;
-        self.linear(&work.normed, &layer.up, &work.up, m)?;
+        self.linear(work, &work.normed, &layer.gate, &work.gate, m)?;
+        self.linear(work, &work.normed, &layer.up, &work.up, m)?;
         let dims = self.ops.swiglu.dims(&[m, self.config.ffn], &[]);
         device::run(device, self.ops.swiglu, &[&work.gate, &work.up, &work.activated], &dims)?;
-        self.linear(&work.activated, &layer.down, &work.delta, m)?;
+        self.linear(work, &work.activated, &layer.down, &work.delta, m)?;
         self.add(&work.x_mid, &work.delta, &work.x, m)
     }
 
-    /// y[m, n] = x[m, k]·Wᵀ + bias: every projection goes through here.
-    fn linear(&self, x: &Buffer, w: &Linear, y: &Buffer, m: usize) -> Result<(), Error> {
-        w.apply(&*self.device, x, y, m)
+    /// y[m, n] = x[m, k]·Wᵀ + bias, and the adapter's term: every projection goes through here.
+    fn linear(&self, work: &Workspace, x: &Buffer, w: &Linear, y: &Buffer, m: usize) -> Result<(), Error> {
+        w.apply_adapted(&*self.device, x, &work.shrunk, y, m)
     }
 
     fn rmsnorm(&self, x: &Buffer, gain: &Buffer, y: &Buffer, m: usize, k: usize) -> Result<(), Error> {
@@ -295,10 +306,10 @@ impl Llama {
     fn queue_logits(&self, session: &Session, row: usize, n: usize) -> Result<(), Error> {
         let (work, row_bytes) = (&session.work, 4 * self.config.hidden);
         if row == 0 {
-            return self.linear(&work.normed, &self.head, &work.logits, n);
+            return self.linear(work, &work.normed, &self.head, &work.logits, n);
         }
         self.device.copy(&work.normed, row * row_bytes, &work.tail, 0, n * row_bytes)?;
-        self.linear(&work.tail, &self.head, &work.logits, n)
+        self.linear(work, &work.tail, &self.head, &work.logits, n)
     }
 
     /// Reads the logits of all m rows of the last pass, the head's rows at a time; `row0` is the first one's index in
@@ -351,6 +362,19 @@ impl Layer {
             ("up_proj", &self.up),
             ("down_proj", &self.down),
         ]
+    }
+
+    /// One of them by its name; the last for any other.
+    pub fn projection_mut(&mut self, name: &str) -> &mut Linear {
+        match name {
+            "q_proj" => &mut self.q,
+            "k_proj" => &mut self.k,
+            "v_proj" => &mut self.v,
+            "o_proj" => &mut self.o,
+            "gate_proj" => &mut self.gate,
+            "up_proj" => &mut self.up,
+            _ => &mut self.down,
+        }
     }
 }
 

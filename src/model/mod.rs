@@ -4,6 +4,7 @@
 //! (the passes), [`session`] (what a text in progress keeps), [`generate`] (with tokenizer and sampler: the whole).
 //! [`mod@write`] is the way back.
 
+pub mod adapter;
 pub mod bert;
 pub mod bnb4;
 pub mod chat;
@@ -14,6 +15,7 @@ pub mod gguf;
 pub mod hf;
 pub(crate) mod layout;
 pub mod llama;
+pub mod merge;
 pub mod sampler;
 pub mod session;
 pub mod tokenizer;

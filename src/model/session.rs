@@ -56,6 +56,8 @@ pub(super) struct Workspace {
     pub up: Buffer,
     /// f32[m, ffn].
     pub activated: Buffer,
+    /// f32[m, r]: x·Aᵀ of the projection at work.
+    pub shrunk: Buffer,
     /// f32[head_rows, hidden]: normed rows on their way to the output head.
     pub tail: Buffer,
     /// f32[head_rows, vocab].
@@ -65,7 +67,13 @@ pub(super) struct Workspace {
 }
 
 impl Session {
-    pub(super) fn new(device: &dyn Device, config: &Config, capacity: usize, table: &[f32]) -> Result<Session, Error> {
+    pub(super) fn new(
+        device: &dyn Device,
+        config: &Config,
+        capacity: usize,
+        table: &[f32],
+        lora_rank: usize,
+    ) -> Result<Session, Error> {
         let chunk = capacity.min(CHUNK);
         let kv = config.kv_heads * config.head_dim;
         let floats = |count: usize| device.alloc(4 * count);
@@ -80,7 +88,7 @@ impl Session {
             cache,
             direct: (4 * kv).is_multiple_of(device.caps().view_alignment),
             table: table_buffer,
-            work: Workspace::new(device, config, chunk)?,
+            work: Workspace::new(device, config, chunk, lora_rank)?,
             logits: vec![0.0; config.vocab],
         })
     }
@@ -119,7 +127,7 @@ impl Session {
 }
 
 impl Workspace {
-    fn new(device: &dyn Device, config: &Config, m: usize) -> Result<Workspace, Error> {
+    fn new(device: &dyn Device, config: &Config, m: usize, lora_rank: usize) -> Result<Workspace, Error> {
         let words = |columns: usize| device.alloc(4 * m * columns);
         let (hidden, ffn) = (config.hidden, config.ffn);
         let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
@@ -138,6 +146,7 @@ impl Workspace {
             gate: words(ffn)?,
             up: words(ffn)?,
             activated: words(ffn)?,
+            shrunk: words(lora_rank)?,
             tail: device.alloc(4 * hidden)?,
             logits: device.alloc(4 * config.vocab)?,
             head_rows: 1,

@@ -24,7 +24,7 @@ use crate::op::{Dims, OpSpec};
 use crate::ops;
 use crate::quant::gguf_blocks::{self, GgmlType};
 use crate::quant::{self, Format, Packed, PartSpec};
-use crate::tensor::{Bytes, HostTensor};
+use crate::tensor::{Bytes, Dtype, HostTensor};
 
 /// How weights are brought to a device.
 #[derive(Clone, Debug, Default)]
@@ -34,6 +34,8 @@ pub struct LoadOptions {
     pub quant: Option<Format>,
     /// Bind at most this many bytes at once, where the device would allow more: weights split into more shards.
     pub max_binding: Option<usize>,
+    /// Round what meets the weights to bf16 where the device multiplies it faster, on tensor cores and for many rows.
+    pub bf16: bool,
     /// Take this many layers, from the first on, as if the model had no more; `None` takes all.
     pub layers: Option<usize>,
 }
@@ -74,8 +76,27 @@ pub struct Linear {
     pub matrix: Matrix,
     /// `f32[n]`, cut like the matrix; none where there is no bias.
     pub bias: Option<Vec<Buffer>>,
+    /// The adapter beside it.
+    pub lora: Option<Lora>,
     op: &'static OpSpec,
+    bf16: bool,
     empty: Buffer,
+}
+
+/// Fewest rows for which tensor cores are worth a cast: below, streaming the weights takes all the time.
+const BF16_ROWS: usize = 17;
+
+/// The two factors of an adapter beside a projection: y = x·Wᵀ + bias + scale·(x·Aᵀ)·Bᵀ.
+#[derive(Clone)]
+pub struct Lora {
+    /// Rank.
+    pub r: usize,
+    /// What the low-rank term is multiplied with.
+    pub scale: f32,
+    /// A, f32[r, k].
+    pub a: Buffer,
+    /// B, f32[n, r], cut like the matrix.
+    pub b: Vec<Buffer>,
 }
 
 /// A table of rows that ids pick from.
@@ -115,23 +136,118 @@ impl Linear {
     /// A projection without bias by a matrix that is already there, such as a tied embedding.
     pub fn new(device: &dyn Device, matrix: Matrix) -> Result<Linear, Error> {
         let op = ops::find("qmatmul", matrix.format.name());
-        Ok(Linear { matrix, bias: None, op, empty: device.alloc(0)? })
+        Ok(Linear { matrix, bias: None, lora: None, op, bf16: false, empty: device.alloc(0)? })
     }
 
-    /// Queues y[m, n] = x[m, k]·Wᵀ + bias.
+    /// Queues y[m, n] = x[m, k]·Wᵀ + bias, whatever adapter is beside it.
     pub fn apply(&self, device: &dyn Device, x: &Buffer, y: &Buffer, m: usize) -> Result<(), Error> {
-        let Matrix { n, k, .. } = self.matrix;
+        self.queue(device, x, None, y, m)
+    }
+
+    /// Queues y[m, n] = x[m, k]·Wᵀ + bias, and its adapter's term where there is one. `shrunk` has room for f32[m, r] and
+    /// keeps x·Aᵀ.
+    pub fn apply_adapted(
+        &self,
+        device: &dyn Device,
+        x: &Buffer,
+        shrunk: &Buffer,
+        y: &Buffer,
+        m: usize,
+    ) -> Result<(), Error> {
+        let Some(lora) = &self.lora else { return self.queue(device, x, None, y, m) };
+        lora.shrink(device, x, shrunk, m, self.matrix.k)?;
+        self.queue(device, x, Some((lora, shrunk)), y, m)
+    }
+
+    /// Queues dx[m, k] = dy[m, n]·W + dS·A with dS = `adapter`'s buffer, f32[m, r]; added to dx where `add`.
+    pub fn apply_transposed(
+        &self,
+        device: &dyn Device,
+        dy: &Buffer,
+        adapter: Option<(&Lora, &Buffer)>,
+        dx: &Buffer,
+        m: usize,
+        add: bool,
+    ) -> Result<(), Error> {
+        let Matrix { n, k, format, .. } = self.matrix;
+        let op = ops::find("qmatmul_t", format.name());
+        let mut rounded = None;
         for (i, shard) in self.matrix.shards.iter().enumerate() {
-            let own = [m, shard.n, k, n, shard.y0, self.bias.is_some() as usize, 0];
-            let dims = self.matrix.dims(self.op, &own, &[0.0]);
+            let adapter = adapter.filter(|_| i == 0);
+            let r = adapter.map_or(0, |(lora, _)| lora.r);
+            let own = [m, shard.n, k, n, shard.y0, r, (add || i > 0) as usize];
+            let dims = self.matrix.dims(op, &own, &[]);
+            let (ds, a) = adapter.map_or((&self.empty, &self.empty), |(lora, ds)| (ds, &lora.a));
+            if i == 0 {
+                rounded = self.round(device, op, dy, m, n, &dims)?;
+            }
+            let (act, dy) = rounded.as_ref().map_or((Dtype::F32, dy), |dy| (Dtype::BF16, dy));
+            let mut args = Vec::with_capacity(10);
+            args.push(dy);
+            args.extend(&shard.parts);
+            args.extend([ds, a, dx]);
+            device::run_as(act, device, op, &args, &dims)?;
+        }
+        Ok(())
+    }
+
+    /// Queues y[m, n] = x[m, k]·Wᵀ + bias + scale·S·Bᵀ with S = `shrunk`, f32[m, r].
+    pub fn queue(
+        &self,
+        device: &dyn Device,
+        x: &Buffer,
+        adapter: Option<(&Lora, &Buffer)>,
+        y: &Buffer,
+        m: usize,
+    ) -> Result<(), Error> {
+        let Matrix { n, k, .. } = self.matrix;
+        let (r, scale) = adapter.map_or((0, 0.0), |(lora, _)| (lora.r, lora.scale));
+        let mut rounded = None;
+        for (i, shard) in self.matrix.shards.iter().enumerate() {
+            let own = [m, shard.n, k, n, shard.y0, self.bias.is_some() as usize, r];
+            let dims = self.matrix.dims(self.op, &own, &[scale]);
             let bias = self.bias.as_ref().map_or(&self.empty, |bias| &bias[i]);
+            let (s, b) = adapter.map_or((&self.empty, &self.empty), |(lora, shrunk)| (shrunk, &lora.b[i]));
+            if i == 0 {
+                rounded = self.round(device, self.op, x, m, k, &dims)?;
+            }
+            let (act, x) = rounded.as_ref().map_or((Dtype::F32, x), |x| (Dtype::BF16, x));
             let mut args = Vec::with_capacity(10);
             args.push(x);
             args.extend(&shard.parts);
-            args.extend([bias, &self.empty, &self.empty, y]);
-            device::run(device, self.op, &args, &dims)?;
+            args.extend([bias, s, b, y]);
+            device::run_as(act, device, self.op, &args, &dims)?;
         }
         Ok(())
+    }
+
+    /// x[m, columns] in bf16, where that is allowed, pays, and `op` has a kernel for it.
+    fn round(
+        &self,
+        device: &dyn Device,
+        op: &OpSpec,
+        x: &Buffer,
+        m: usize,
+        columns: usize,
+        dims: &Dims,
+    ) -> Result<Option<Buffer>, Error> {
+        if !self.bf16 || m < BF16_ROWS || op.choose(dims, Dtype::BF16, device.caps()).is_none() {
+            return Ok(None);
+        }
+        let rounded = device.alloc(2 * m * columns)?;
+        let cast = ops::find("cast", "bf16");
+        device::run(device, cast, &[x, &rounded], &cast.dims(&[m, columns], &[]))?;
+        Ok(Some(rounded))
+    }
+}
+
+impl Lora {
+    /// Queues S[m, r] = x[m, k]·Aᵀ.
+    pub fn shrink(&self, device: &dyn Device, x: &Buffer, s: &Buffer, m: usize, k: usize) -> Result<(), Error> {
+        let op = ops::find("lora_shrink", "f32");
+        let dims = op.dims(&[m, k, self.r, self.r, 0, 0], &[]);
+        let none = s.view(0, 0);
+        Ok(device::run(device, op, &[x, &self.a, &none, &none, s], &dims)?)
     }
 }
 
@@ -160,6 +276,7 @@ pub struct Loader<'a> {
     device: &'a dyn Device,
     checkpoint: &'a Checkpoint,
     quant: Option<Format>,
+    bf16: bool,
     max_binding: usize,
 }
 
@@ -168,7 +285,7 @@ impl<'a> Loader<'a> {
     pub fn new(device: &'a dyn Device, checkpoint: &'a Checkpoint, options: &LoadOptions) -> Loader<'a> {
         let limit = device.caps().max_binding;
         let max_binding = options.max_binding.map_or(limit, |lower| lower.min(limit));
-        Loader { device, checkpoint, quant: options.quant, max_binding }
+        Loader { device, checkpoint, quant: options.quant, bf16: options.bf16, max_binding }
     }
 
     /// A vector as f32: a norm's gain or bias.
@@ -180,6 +297,7 @@ impl<'a> Loader<'a> {
     pub fn linear(&self, name: &str, bias: bool, quantize: bool) -> Result<Linear, Error> {
         let quant = self.quant.filter(|_| quantize);
         let mut linear = Linear::new(self.device, self.matrix(&format!("{name}.weight"), quant)?)?;
+        linear.bf16 = self.bf16;
         if bias {
             let values = self.values(&format!("{name}.bias"))?;
             let shards = linear.matrix.shards.iter();

@@ -127,7 +127,7 @@ pub fn quantize(
         return Err(Error::file(&checkpoint.files[0], what));
     }
     let items = plan(checkpoint, target)?;
-    let staging = Staging::create(checkpoint, target, out)?;
+    let staging = Staging::create(checkpoint, target.files(), out)?;
     let total = 2 * items.iter().map(Item::values).sum::<usize>();
     let mut done = 0;
     let mut on_item = |item: &Item| {
@@ -164,7 +164,7 @@ pub fn quantize(
     compare_tokenizers(checkpoint, &written, &model)?;
     let (bytes_before, bytes_after) = (checkpoint.bytes(), written.bytes());
     drop(written); // some systems do not rename a mapped file
-    staging.commit(target)?;
+    staging.commit()?;
     let path = if target.is_gguf() { out.join(write_gguf::FILE) } else { out.to_path_buf() };
     Ok(Quantized { path, bytes_before, bytes_after, tensors })
 }
@@ -185,15 +185,17 @@ fn plan(checkpoint: &Checkpoint, target: Target) -> Result<Vec<Item>, Error> {
     if checkpoint.has(divisors) {
         let view = checkpoint.tensor(divisors)?;
         if !target.is_gguf() {
-            let what =
-                "scales the rotary frequencies, which config.json has no word for: quantize the model's Hugging \
-                        Face directory instead";
-            return Err(view.wrong(what));
+            return Err(view.wrong(NO_WORD_FOR_DIVISORS));
         }
         items.push(Item { name: divisors.into(), shape: view.shape, format: Format::F32 });
     }
     Ok(items)
 }
+
+/// Why a GGUF file with divisors of the rotary frequencies cannot become a directory.
+pub(super) const NO_WORD_FOR_DIVISORS: &str =
+    "scales the rotary frequencies, which config.json has no word for: start \
+    from the model's Hugging Face directory instead";
 
 fn matrix_format(checkpoint: &Checkpoint, target: Target, name: &str, n: usize, k: usize) -> Result<Format, Error> {
     let outside = !name.starts_with("model.layers.");
@@ -211,13 +213,18 @@ fn matrix_format(checkpoint: &Checkpoint, target: Target, name: &str, n: usize, 
     }
 }
 
-fn plain_format(encoding: Encoding) -> Option<Format> {
+pub(super) fn plain_format(encoding: Encoding) -> Option<Format> {
     match encoding {
         Encoding::F32 => Some(Format::F32),
         Encoding::F16 => Some(Format::F16),
         Encoding::BF16 => Some(Format::BF16),
         _ => None,
     }
+}
+
+/// The format a matrix has in its file.
+pub(super) fn source_format(checkpoint: &Checkpoint, name: &str) -> Result<Format, Error> {
+    Ok(Source::open(checkpoint, name)?.format)
 }
 
 impl Item {
@@ -241,10 +248,24 @@ pub(super) fn encode(
     item: &Item,
     each: &mut dyn FnMut(usize, &Packed) -> Result<(), Error>,
 ) -> Result<Sums, Error> {
+    encode_changed(checkpoint, item, &|_, _| false, each)
+}
+
+/// Changes a block of f32 values whose first row is given; false where it left them as they are.
+pub(super) type Change<'a> = &'a dyn Fn(usize, &mut [f32]) -> bool;
+
+/// [`encode`], values changed first.
+pub(super) fn encode_changed(
+    checkpoint: &Checkpoint,
+    item: &Item,
+    change: Change,
+    each: &mut dyn FnMut(usize, &Packed) -> Result<(), Error>,
+) -> Result<Sums, Error> {
     let mut sums = Sums::default();
     blocks(checkpoint, item, &mut |row0, block| {
-        let values = quant::decode(&block);
-        let packed = match block.format == item.format {
+        let mut values = quant::decode(&block);
+        let changed = change(row0, &mut values);
+        let packed = match block.format == item.format && !changed {
             true => block,
             false => quant::encode(item.format, block.rows, block.cols, &values)
                 .map_err(|error| Error::tensor(&checkpoint.files[0], &item.name, error.to_string()))?,
@@ -360,16 +381,21 @@ const PARTIAL: &str = ".handmill.partial";
 
 /// A directory inside the target where files wait until all are whole. Its lock file is held while a run is alive, so
 /// that what a killed run has left is known from what another is writing.
-struct Staging {
+pub(super) struct Staging {
     out: PathBuf,
-    path: PathBuf,
+    /// Where files are written.
+    pub path: PathBuf,
+    /// Every file that may be.
+    files: &'static [&'static str],
     _lock: fs::File,
     /// `out` did not exist.
     made: bool,
 }
 
 impl Staging {
-    fn create(checkpoint: &Checkpoint, target: Target, out: &Path) -> Result<Staging, Error> {
+    /// Begins to fill `out`, which is made where it is missing, with some of `files`. Errors: `out` holds the source or
+    /// other files, or is being written by another run.
+    pub fn create(checkpoint: &Checkpoint, files: &'static [&'static str], out: &Path) -> Result<Staging, Error> {
         let fail = |cause| Error::io(out, cause);
         let made = !out.exists();
         fs::create_dir_all(out).map_err(fail)?;
@@ -385,7 +411,7 @@ impl Staging {
         }
         for entry in fs::read_dir(out).map_err(fail)? {
             let name = entry.map_err(fail)?.file_name().to_string_lossy().into_owned();
-            if !target.files().contains(&name.as_str()) && name != PARTIAL {
+            if !files.contains(&name.as_str()) && name != PARTIAL {
                 let what = format!("holds {}, which is not part of such a model: name another directory", quote(&name));
                 return Err(Error::file(out, what));
             }
@@ -404,17 +430,17 @@ impl Staging {
             }
             Err(fs::TryLockError::Error(cause)) => return Err(Error::io(&lock_path, cause)),
         }
-        for name in target.files() {
+        for name in files {
             // Left by a killed run, if it is there at all.
             let _ = fs::remove_file(path.join(name));
         }
-        Ok(Staging { out: out.to_path_buf(), path, _lock: lock, made })
+        Ok(Staging { out: out.to_path_buf(), path, files, _lock: lock, made })
     }
 
     /// Puts the files in their places. What is left of an earlier model goes; `config.json`, without which a directory
     /// is no model, goes first and comes last.
-    fn commit(self, target: Target) -> Result<(), Error> {
-        let mut names = target.files().to_vec();
+    pub fn commit(self) -> Result<(), Error> {
+        let mut names = self.files.to_vec();
         names.sort_by_key(|&name| name == "config.json");
         for &name in names.iter().rev() {
             if !self.path.join(name).exists() || name == "config.json" {

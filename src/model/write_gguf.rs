@@ -13,6 +13,7 @@ use super::gguf::Gguf;
 use super::hf::HfDir;
 use super::write::{encode, Item, Sums, Target};
 use super::{layout, write_vocab};
+use crate::aside::Aside;
 use crate::error::Error;
 use crate::ops::rope;
 use crate::quant::gguf_blocks::{self, GgmlType};
@@ -87,6 +88,48 @@ pub(super) fn write(
     }
     file.flush().map_err(fail)?;
     Ok(all_sums)
+}
+
+/// A plain f32 matrix of an adapter's file.
+pub(super) struct Plain<'a> {
+    /// Its name in the file.
+    pub name: String,
+    /// Rows, columns.
+    pub shape: [usize; 2],
+    /// Its values, rows in Hugging Face's order.
+    pub values: &'a [f32],
+    /// Width of a head where rows are stored in the order of interleaved rotary embeddings.
+    pub head_dim: Option<usize>,
+}
+
+/// Writes a LoRA adapter, whole or not at all.
+pub(super) fn write_adapter(path: &Path, arch: &str, alpha: f32, tensors: &[Plain]) -> Result<(), Error> {
+    let pairs = [
+        ("general.architecture".to_string(), string_value(arch)),
+        ("general.type".to_string(), string_value("adapter")),
+        ("general.quantization_version".to_string(), u32_value(QUANTIZATION_VERSION)),
+        ("adapter.type".to_string(), string_value("lora")),
+        ("adapter.lora.alpha".to_string(), f32_value(alpha)),
+    ];
+    let row = |tensor: &Plain| Row {
+        name: tensor.name.clone(),
+        shape: tensor.shape.to_vec(),
+        kind: GgmlType::F32,
+        bytes: 4 * tensor.values.len(),
+    };
+    let header = header(&pairs, &tensors.iter().map(row).collect::<Vec<_>>());
+    let mut file = Aside::create(path)?;
+    file.write(&header)?;
+    file.write(&vec![0; padding(header.len())])?;
+    for Plain { shape, values, head_dim, .. } in tensors {
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        match head_dim {
+            Some(head_dim) => file.write(&permute(bytes, 4 * shape[1], *head_dim))?,
+            None => file.write(bytes)?,
+        }
+        file.write(&vec![0; padding(bytes.len())])?;
+    }
+    file.commit()
 }
 
 fn padding(bytes: usize) -> usize {

@@ -17,7 +17,7 @@ use super::generate::{open_chat_template, open_tokenizer};
 use super::gguf::Gguf;
 use super::hf::HfDir;
 use super::weights::part_range;
-use super::write::{encode, Item, Sums, Target};
+use super::write::{encode, encode_changed, Item, Sums, Target};
 use crate::error::Error;
 use crate::quant::{self, nf4, Format, Packed};
 
@@ -69,11 +69,8 @@ pub(super) fn write(
     target: Target,
     on_item: &mut dyn FnMut(&Item),
 ) -> Result<Vec<Sums>, Error> {
-    let double = target == Target::Nf4Dq;
-    match &checkpoint.source {
-        Source::Hf(source) => copy_files(dir, source, double)?,
-        Source::Gguf(gguf) => make_files(dir, checkpoint, gguf, double)?,
-    }
+    let quantization = Some(quantization_config(target == Target::Nf4Dq));
+    write_files(dir, checkpoint, quantization)?;
     let path = dir.join(WEIGHTS);
     let fail = |cause| Error::io(&path, cause);
     let (header, places) = lay_out(items);
@@ -108,6 +105,38 @@ pub(super) fn write(
     }
     file.flush().map_err(fail)?;
     Ok(all_sums)
+}
+
+/// Writes `dir` with plain values, `change` told the name and the first row of each block of them.
+pub(super) fn write_plain(
+    dir: &Path,
+    checkpoint: &Checkpoint,
+    items: &[Item],
+    change: &dyn Fn(&str, usize, &mut [f32]) -> bool,
+    on_item: &mut dyn FnMut(&Item),
+) -> Result<(), Error> {
+    write_files(dir, checkpoint, None)?;
+    let path = dir.join(WEIGHTS);
+    let fail = |cause| Error::io(&path, cause);
+    let (header, places) = lay_out(items);
+    let mut file = BufWriter::with_capacity(1 << 20, File::create_new(&path).map_err(fail)?);
+    file.write_all(&header).map_err(fail)?;
+    for item in items {
+        file.seek(SeekFrom::Start(places[&item.name] as u64)).map_err(fail)?;
+        encode_changed(checkpoint, item, &|row0, values| change(&item.name, row0, values), &mut |_, packed| {
+            file.write_all(packed.parts[0].bytes.as_slice()).map_err(fail)
+        })?;
+        on_item(item);
+    }
+    file.flush().map_err(fail)
+}
+
+/// Everything but the weights.
+fn write_files(dir: &Path, checkpoint: &Checkpoint, quantization: Option<Value>) -> Result<(), Error> {
+    match &checkpoint.source {
+        Source::Hf(source) => copy_files(dir, source, quantization),
+        Source::Gguf(gguf) => make_files(dir, checkpoint, gguf, quantization),
+    }
 }
 
 /// The names of the parts of [`Format::parts`]; the offset, the last of nf4dq's, is in the JSON.
@@ -220,10 +249,13 @@ fn quantization_config(double: bool) -> Value {
     })
 }
 
-fn copy_files(dir: &Path, source: &HfDir, double: bool) -> Result<(), Error> {
+fn copy_files(dir: &Path, source: &HfDir, quantization: Option<Value>) -> Result<(), Error> {
     let config: Option<Map<String, Value>> = source.json("config.json")?;
     let mut config = config.unwrap_or_default(); // the checkpoint was opened with one
-    config.insert("quantization_config".into(), quantization_config(double));
+    match quantization {
+        Some(quantization) => config.insert("quantization_config".into(), quantization),
+        None => config.shift_remove("quantization_config"),
+    };
     write_json(&dir.join("config.json"), &config.into())?;
     for name in COPIED {
         let from = source.path.join(name);
@@ -236,9 +268,11 @@ fn copy_files(dir: &Path, source: &HfDir, double: bool) -> Result<(), Error> {
     Ok(())
 }
 
-fn make_files(dir: &Path, checkpoint: &Checkpoint, gguf: &Gguf, double: bool) -> Result<(), Error> {
+fn make_files(dir: &Path, checkpoint: &Checkpoint, gguf: &Gguf, quantization: Option<Value>) -> Result<(), Error> {
     let mut config = config_json(&checkpoint.config).map_err(|what| Error::file(&gguf.path, what))?;
-    config["quantization_config"] = quantization_config(double);
+    if let Some(quantization) = quantization {
+        config["quantization_config"] = quantization;
+    }
     write_json(&dir.join("config.json"), &config)?;
 
     let tokenizer = open_tokenizer(checkpoint)?;

@@ -44,7 +44,10 @@ fn four_elements_a_thread(d: &Dims) -> Launch {
     Launch { grid: [(d["M"] * d["K"]).div_ceil(1024) as u32, 1, 1], block: [256, 1, 1], shared_bytes: 0 }
 }
 
-const WGSL: &[Kernel] = &[wgsl!("add_f32_flat", |d| flat(d["M"] * d["K"]), always)];
+const WGSL: &[Kernel] = &[
+    wgsl!("add_f32_flat", |d| flat(d["M"] * d["K"]), always),
+    wgsl!("add_f32_vec4", |d| flat((d["M"] * d["K"]).div_ceil(4)), |d, _| (d["M"] * d["K"]).is_multiple_of(4)),
+];
 
 /// The definition.
 fn oracle(_: &Dims, args: &[HostTensor]) -> Vec<Expected> {

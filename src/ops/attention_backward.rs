@@ -16,6 +16,8 @@
 //! Masks are spans, as in `attention`: row m sees the rows `span[m,0]..span[m,1]` of k and v. An empty span has lse 0 and dq
 //! 0; a key that no row sees has dk = dv = 0. Query head h reads key head h/(H/KV), whose dk and dv are sums over its heads.
 
+mod blocked;
+
 use super::attention::spans;
 use crate::op::*;
 use crate::tensor::{Dtype, HostTensor};
@@ -104,11 +106,25 @@ const CASES: &[Case] = &[
     case_with(&[129, 9, 3, 64, 129], &[0.125], "SmolLM2-135M"),
 ];
 
-const STATS_CPU: &[Kernel] = &[rust("attention_stats_f32_naive", naive_stats, always)];
+const STATS_CPU: &[Kernel] = &[
+    rust("attention_stats_f32_naive", naive_stats, always),
+    rust("attention_stats_f32_blocked", |d, args| blocked::stats(d, args, blocked::stats_portable), always),
+    #[cfg(target_arch = "x86_64")]
+    rust("attention_stats_f32_blocked_avx2", |d, args| blocked::stats(d, args, blocked::stats_avx2), has_avx2),
+    #[cfg(target_arch = "x86_64")]
+    rust("attention_stats_f32_blocked_avx512", |d, args| blocked::stats(d, args, blocked::stats_avx512), has_avx512),
+];
 const STATS_PTX: &[Kernel] = &[];
 const STATS_WGSL: &[Kernel] = &[];
 
-const CPU: &[Kernel] = &[rust("attention_backward_f32_naive", naive, always)];
+const CPU: &[Kernel] = &[
+    rust("attention_backward_f32_naive", naive, always),
+    rust("attention_backward_f32_blocked", |d, args| blocked::backward(d, args, blocked::portable), always),
+    #[cfg(target_arch = "x86_64")]
+    rust("attention_backward_f32_blocked_avx2", |d, args| blocked::backward(d, args, blocked::avx2), has_avx2),
+    #[cfg(target_arch = "x86_64")]
+    rust("attention_backward_f32_blocked_avx512", |d, args| blocked::backward(d, args, blocked::avx512), has_avx512),
+];
 const PTX: &[Kernel] = &[];
 const WGSL: &[Kernel] = &[];
 

@@ -58,7 +58,11 @@ fn four_elements_a_thread(d: &Dims) -> Launch {
     Launch { grid: [(d["M"] * d["F"]).div_ceil(1024) as u32, 1, 1], block: [256, 1, 1], shared_bytes: 0 }
 }
 
-const WGSL: &[Kernel] = &[wgsl!("gelu_f32_flat" + "exact", |d| flat(d["M"] * d["F"]), always)];
+const WGSL: &[Kernel] = &[
+    wgsl!("gelu_f32_flat" + "exact", |d| flat(d["M"] * d["F"]), always),
+    wgsl!("gelu_f32_vec4" + "exact4", |d| flat((d["M"] * d["F"]).div_ceil(4)), |d, _| (d["M"] * d["F"])
+        .is_multiple_of(4)),
+];
 
 /// The definition; 1 + erf as erfc(−x / √2), which keeps its digits where erf nears −1.
 fn oracle(_: &Dims, args: &[HostTensor]) -> Vec<Expected> {

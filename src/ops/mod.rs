@@ -10,6 +10,7 @@ pub mod dropout;
 pub mod embedding;
 pub mod gather_rows;
 pub mod gelu;
+mod lanes;
 pub mod layernorm;
 pub mod lora_backward;
 pub mod lora_shrink;

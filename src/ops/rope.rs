@@ -61,7 +61,10 @@ fn four_heads_a_block(d: &Dims) -> Launch {
     Launch { grid: [d["M"] as u32, d["H"].div_ceil(4) as u32, 1], block: [128, 1, 1], shared_bytes: 0 }
 }
 
-const WGSL: &[Kernel] = &[wgsl!("rope_f32_flat", |d| flat(d["M"] * d["H"] * d["D"] / 2), always)];
+const WGSL: &[Kernel] = &[
+    wgsl!("rope_f32_flat", |d| flat(d["M"] * d["H"] * d["D"] / 2), always),
+    wgsl!("rope_f32_vec4", |d| flat(d["M"] * d["H"] * d["D"] / 8), |d, _| d["D"].is_multiple_of(8)),
+];
 
 /// How a model's context was stretched beyond the one it was trained with.
 #[derive(Clone, Debug, PartialEq)]
