@@ -1,6 +1,6 @@
 //! Faults put into the real kernels, to see that the checks would catch them: a mutant must end in a refusal, a finding
-//! or a result that the oracle does not pass. Those that survive stand in `tests/mutants.txt`, each with the reason why
-//! no check can tell it from the kernel.
+//! or a result that the oracle does not pass. Those that survive stand in `tests/mutants.txt` below the reason: they
+//! are equivalent, computing the same, or no small case can tell them.
 //!
 //! A sample that depends on the kernels' text alone is run; `HANDMILL_MUTANTS=all` runs every one,
 //! `HANDMILL_MUTANTS=stem` all of the kernels whose names contain it.
@@ -16,7 +16,7 @@ use std::sync::Mutex;
 use std::time::Instant;
 
 /// Mutants of one kernel that a sample has at most.
-const A_KERNEL: usize = 16;
+const A_KERNEL: usize = 14;
 /// Instructions that one warp may run: a mutant that never ends is caught by this.
 const STEPS: u64 = 1 << 16;
 /// Cases beyond this many operations are left out, but for each kernel's smallest two.
@@ -31,16 +31,16 @@ const SHAPES: &[(&str, &[&[usize]])] = &[
     ("qmatmul_bf16", &[&[2, 65, 40, 65, 0, 1, 40]]),
     ("qmatmul_f16", &[&[2, 65, 40, 65, 0, 1, 40]]),
     ("qmatmul_f32", &[&[2, 65, 40, 65, 0, 1, 40]]),
-    ("qmatmul_nf4", &[&[17, 192, 64, 192, 0, 0, 17], &[2, 3, 64, 3, 0, 0, 40], &[17, 1, 4160, 1, 0, 0, 0]]),
-    ("qmatmul_nf4dq", &[&[17, 192, 64, 192, 0, 0, 17], &[2, 3, 64, 3, 0, 0, 40], &[17, 1, 4160, 1, 0, 0, 0]]),
-    ("qmatmul_q4", &[&[64, 192, 64, 192, 0, 0, 33, 32, 0], &[17, 1, 4160, 1, 0, 0, 0, 32, 0]]),
-    ("qmatmul_q8", &[&[64, 192, 64, 192, 0, 0, 33, 32, 0, 1], &[17, 1, 4160, 1, 0, 0, 0, 32, 0, 0]]),
+    ("qmatmul_nf4", &[&[17, 200, 128, 200, 0, 0, 17], &[2, 3, 64, 3, 0, 0, 40], &[17, 1, 4160, 1, 0, 0, 0]]),
+    ("qmatmul_nf4dq", &[&[17, 200, 128, 200, 0, 0, 17], &[2, 3, 64, 3, 0, 0, 40], &[17, 1, 4160, 1, 0, 0, 0]]),
+    ("qmatmul_q4", &[&[64, 200, 64, 200, 0, 0, 33, 32, 0], &[17, 1, 4160, 1, 0, 0, 0, 32, 0]]),
+    ("qmatmul_q8", &[&[64, 200, 64, 200, 0, 0, 33, 32, 0, 1], &[17, 1, 4160, 1, 0, 0, 0, 32, 0, 0]]),
     ("squared_norm_f32", &[&[64, 4]]),
     ("swiglu_f32", &[&[1, 2], &[1, 4]]),
     ("swiglu_backward_f32", &[&[1, 2], &[1, 4]]),
 ];
-/// Share of the mutants that must be caught.
-const CAUGHT: f64 = 0.95;
+/// Share that must be caught of the mutants that are not equivalent.
+const CAUGHT: f64 = 95.0;
 
 /// The executor with a limit of steps.
 struct Limited(PtxSim);
@@ -152,10 +152,19 @@ fn key(victim: &Victim, mutant: &Mutant) -> String {
     format!("{}: {}", victim.kernel.stem, mutant.change)
 }
 
-/// The survivors that are explained: lines `stem: change`, each below the `#` lines that say why.
-fn explained() -> BTreeSet<String> {
-    let text = include_str!("mutants.txt");
-    text.lines().filter(|line| !line.starts_with('#') && !line.is_empty()).map(str::to_string).collect()
+/// The survivors that are explained, and whether they are equivalent: lines `stem: change`, each below the line
+/// `# equivalent: ..` or `# not told: ..` that says why.
+fn explained() -> BTreeMap<String, bool> {
+    let (mut equivalent, mut all) = (false, BTreeMap::new());
+    for line in include_str!("mutants.txt").lines().filter(|line| !line.is_empty()) {
+        match line.strip_prefix("# ") {
+            Some(reason) => equivalent = reason.starts_with("equivalent: "),
+            None => {
+                all.insert(line.to_string(), equivalent);
+            }
+        }
+    }
+    all
 }
 
 #[test]
@@ -218,15 +227,22 @@ fn faults_in_the_kernels_are_caught() {
     let explained = explained();
     let found: BTreeSet<String> = survivors.iter().map(|&i| key(jobs[i].0, &jobs[i].1)).collect();
     let ran: BTreeSet<String> = jobs.iter().map(|(victim, mutant)| key(victim, mutant)).collect();
-    let unexplained: Vec<&String> = found.difference(&explained).collect();
-    let caught: Vec<&String> = explained.iter().filter(|key| ran.contains(*key) && !found.contains(*key)).collect();
-    let share = 1.0 - survivors.len() as f64 / jobs.len() as f64;
-    println!("{:.1} % of {} mutants caught", 100.0 * share, jobs.len());
-    assert!(unexplained.is_empty(), "mutants that no check catches and nothing explains:\n{unexplained:#?}");
-    assert!(caught.is_empty(), "tests/mutants.txt explains mutants that are caught; remove them:\n{caught:#?}");
+    let unexplained: Vec<&String> = found.iter().filter(|key| !explained.contains_key(*key)).collect();
+    let caught: Vec<&String> = explained.keys().filter(|key| ran.contains(*key) && !found.contains(*key)).collect();
+    let equivalent = survivors.iter().filter(|&&i| explained.get(&key(jobs[i].0, &jobs[i].1)) == Some(&true)).count();
+    let share = |all: usize| 100.0 * (jobs.len() - survivors.len()) as f64 / all as f64;
+    let told = share(jobs.len() - equivalent);
+    println!(
+        "{:.1} % of {} mutants caught; {told:.1} % without {equivalent} equivalent",
+        share(jobs.len()),
+        jobs.len()
+    );
+    let list = |keys: &[&String]| keys.iter().map(|key| format!("{key}\n")).collect::<String>();
+    assert!(unexplained.is_empty(), "mutants that no check catches and nothing explains:\n{}", list(&unexplained));
+    assert!(caught.is_empty(), "tests/mutants.txt explains mutants that are caught; remove:\n{}", list(&caught));
     if wanted.is_none() {
-        assert!(share >= CAUGHT, "{:.1} % of the mutants are caught, at least 95 % must be", 100.0 * share);
-        let gone: Vec<&String> = explained.difference(&ran).collect();
-        assert!(gone.is_empty(), "tests/mutants.txt explains mutants that are not in the sample:\n{gone:#?}");
+        assert!(told >= CAUGHT, "{told:.1} % of the mutants are caught, at least {CAUGHT} % must be");
+        let gone: Vec<&String> = explained.keys().filter(|key| !ran.contains(*key)).collect();
+        assert!(gone.is_empty(), "tests/mutants.txt explains mutants that are not in the sample:\n{}", list(&gone));
     }
 }

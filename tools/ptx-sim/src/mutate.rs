@@ -22,6 +22,8 @@ pub enum Class {
     Rounding,
     /// A mask of lanes, a distance between lanes or a remainder is halved.
     Lanes,
+    /// Another operation: a sum for a difference, the larger for the smaller, a product without its addend.
+    Arithmetic,
 }
 
 impl fmt::Display for Class {
@@ -35,6 +37,7 @@ impl fmt::Display for Class {
             Class::Offset => "offset",
             Class::Rounding => "rounding",
             Class::Lanes => "lanes",
+            Class::Arithmetic => "arithmetic",
         })
     }
 }
@@ -69,6 +72,19 @@ const COMPARED: [(&str, &str); 4] =
 /// Roundings of conversions, and others in their place.
 const ROUNDED: [(&str, &str); 4] =
     [("cvt.rn.", "cvt.rz."), ("cvt.rni.", "cvt.rzi."), ("cvt.rmi.", "cvt.rpi."), ("cvt.rzi.", "cvt.rni.")];
+
+/// Operations, and others in their place.
+const COMPUTED: [(&str, &str); 9] = [
+    ("add.f32", "sub.f32"),
+    ("sub.f32", "add.f32"),
+    ("mul.f32", "add.f32"),
+    ("sub.u32", "add.u32"),
+    ("sub.s32", "add.s32"),
+    ("max.f32", "min.f32"),
+    ("min.f32", "max.f32"),
+    ("max.u32", "min.u32"),
+    ("min.u32", "max.u32"),
+];
 
 /// All mutants of a source, from its first line to its last.
 pub fn mutants(source: &str) -> Vec<Mutant> {
@@ -124,7 +140,8 @@ fn changes(text: &str) -> Vec<(Class, String, String)> {
             put(Class::Rounding, text.replacen(from, to, 1));
         }
     }
-    // Of two addresses the first that has an offset loses it. `[dims + 8]` is one word of many: the next is as easy a slip.
+    // Of two addresses the first that has an offset loses it. `[dims + 8]` is one word of many: the next is as easy a
+    // slip.
     for (start, end) in brackets(text) {
         let Some((base, offset)) = text[start..end].split_once(" + ").filter(|parts| parts.1.trim() != "0") else {
             continue;
@@ -132,6 +149,9 @@ fn changes(text: &str) -> Vec<(Class, String, String)> {
         let new = if base.starts_with('%') { base.to_string() } else { format!("{base} + 4 + {offset}") };
         put(Class::Offset, format!("{}{new}{}", &text[..start], &text[end..]));
         break;
+    }
+    if let Some((from, to)) = COMPUTED.iter().find(|(from, _)| opcode == *from) {
+        put(Class::Arithmetic, text.replacen(from, to, 1));
     }
     let parts: Vec<&str> = operands.trim_end_matches(';').split(',').map(str::trim).collect();
     let constant = |part: &str| part.starts_with(|c: char| c.is_ascii_digit()) && !part.starts_with("0f");
@@ -150,6 +170,10 @@ fn changes(text: &str) -> Vec<(Class, String, String)> {
         }
         ("mad" | "mul", 3 | 4) if integer && constant(parts[2]) => {
             put(Class::Stride, with(2, &format!("{} + 1", parts[2])));
+        }
+        ("fma", 4) if opcode == "fma.rn.f32" => {
+            let product = format!("mul.f32 {};", parts[..3].join(", "));
+            put(Class::Arithmetic, if guard.is_empty() { product } else { format!("@{guard} {product}") });
         }
         ("shl" | "shr", 3) if constant(parts[2]) => put(Class::Stride, with(2, &format!("{} + 1", parts[2]))),
         ("and", 3) => {
@@ -207,9 +231,9 @@ mod tests {
         one("cvt.rn.bf16x2.f32 %a, %b, %c;", Class::Rounding, "cvt.rz.bf16x2.f32 %a, %b, %c;");
         one("and.b32 %lane, %thread, 31;", Class::Lanes, "and.b32 %lane, %thread, 15;");
         one("shfl.sync.bfly.b32 %a, %b, 16, 31, -1;", Class::Lanes, "shfl.sync.bfly.b32 %a, %b, 8, 31, -1;");
-        for plain in
-            ["add.f32 %a, %b, %c;", "mul.f32 %a, %b, 0f3F800000;", "cvt.rn.f32.u32 %a, %b;", "ret;", "x: // a;"]
-        {
+        one("max.f32 %a, %b, %c;", Class::Arithmetic, "min.f32 %a, %b, %c;");
+        one("fma.rn.f32 %a, %b, %c, %d;", Class::Arithmetic, "mul.f32 %a, %b, %c;");
+        for plain in ["xor.b32 %a, %b, %c;", "div.rn.f32 %a, %b, %c;", "cvt.rn.f32.u32 %a, %b;", "ret;", "x: // a;"] {
             assert_eq!(of(plain), [], "{plain}");
         }
     }
