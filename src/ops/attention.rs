@@ -103,7 +103,7 @@ fn one_head_a_group(d: &Dims, shared_bytes: u32) -> Launch {
 }
 
 /// 32 rows of q, of k and v, and of weights, and what 64 invocations tell each other.
-const TILE_BYTES: u32 = 22536;
+const TILE_BYTES: u32 = 22544;
 
 /// 32 rows and 64 columns of a head.
 fn one_tile_a_group(d: &Dims) -> Launch {
