@@ -51,6 +51,7 @@ impl PtxSim {
             sm: 80,
             f16: true,
             software: false,
+            coopmat: false,
             subgroup: (32, 32),
             shared_bytes: 163 << 10,
             max_binding: 1 << 32,

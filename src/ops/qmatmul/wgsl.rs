@@ -1,4 +1,4 @@
-//! `qmatmul` in WGSL, five rungs a format:
+//! `qmatmul` in WGSL, six rungs a format:
 //!
 //! | variant | idea | for |
 //! | --- | --- | --- |
@@ -7,11 +7,13 @@
 //! | `workgroup` | a row of W is decoded in registers as it streams by; sums meet in workgroup memory | M ≤ 8 |
 //! | `subgroup` | the same; sums meet by subgroupAdd | M ≤ 8 |
 //! | `broadcast` | 16 rows of x, spread over a subgroup's registers and broadcast | adapters that run on the CPU |
+//! | `coopmat` | cooperative matrices, x in f16 | tensor cores; validated, not run yet |
 //!
 //! A kernel's file holds its bindings and its entry. The algorithm follows, once for all formats, then the decoding of
 //! W: `weights_<format>` one weight or four columns at a time, `weights_<format>_x4` 32 columns of four rows.
 
 use crate::op::*;
+use crate::tensor::Dtype;
 
 /// Most rows of x that the rungs for few rows take.
 const FEW_ROWS: usize = 8;
@@ -37,6 +39,11 @@ pub const KERNELS_F32: &[Kernel] = &[
         tiles_64x16,
         on_a_processor
     ),
+    x_in_f16(wgsl!(
+        "qmatmul_f32_coopmat" + "qmatmul_coopmat" + "weights_f32" + "qmatmul_tail",
+        tiles_of_subgroups,
+        subgroups_of_32
+    )),
 ];
 pub const KERNELS_F16: &[Kernel] = &[
     wgsl!("qmatmul_f16_naive" + "weights_f16" + "qmatmul_tail", one_output_an_invocation, always),
@@ -56,6 +63,11 @@ pub const KERNELS_F16: &[Kernel] = &[
         tiles_64x16,
         on_a_processor
     ),
+    x_in_f16(wgsl!(
+        "qmatmul_f16_coopmat" + "qmatmul_coopmat" + "weights_f16" + "qmatmul_tail",
+        tiles_of_subgroups,
+        subgroups_of_32
+    )),
 ];
 pub const KERNELS_BF16: &[Kernel] = &[
     wgsl!("qmatmul_bf16_naive" + "weights_bf16" + "qmatmul_tail", one_output_an_invocation, always),
@@ -75,6 +87,11 @@ pub const KERNELS_BF16: &[Kernel] = &[
         tiles_64x16,
         on_a_processor
     ),
+    x_in_f16(wgsl!(
+        "qmatmul_bf16_coopmat" + "qmatmul_coopmat" + "weights_bf16" + "qmatmul_tail",
+        tiles_of_subgroups,
+        subgroups_of_32
+    )),
 ];
 pub const KERNELS_Q4: &[Kernel] = &[
     wgsl!("qmatmul_q4_naive" + "weights_q4" + "weights_q4_scales" + "qmatmul_tail", one_output_an_invocation, always),
@@ -103,6 +120,11 @@ pub const KERNELS_Q4: &[Kernel] = &[
         tiles_64x16,
         on_a_processor
     ),
+    x_in_f16(wgsl!(
+        "qmatmul_q4_coopmat" + "qmatmul_coopmat" + "weights_q4" + "weights_q4_scales" + "qmatmul_tail",
+        tiles_of_subgroups,
+        subgroups_of_32
+    )),
 ];
 pub const KERNELS_Q8: &[Kernel] = &[
     wgsl!("qmatmul_q8_naive" + "weights_q8" + "weights_q8_scales" + "qmatmul_tail", one_output_an_invocation, always),
@@ -131,6 +153,11 @@ pub const KERNELS_Q8: &[Kernel] = &[
         tiles_64x16,
         on_a_processor
     ),
+    x_in_f16(wgsl!(
+        "qmatmul_q8_coopmat" + "qmatmul_coopmat" + "weights_q8" + "weights_q8_scales" + "qmatmul_tail",
+        tiles_of_subgroups,
+        subgroups_of_32
+    )),
 ];
 pub const KERNELS_NF4: &[Kernel] = &[
     wgsl!(
@@ -173,6 +200,11 @@ pub const KERNELS_NF4: &[Kernel] = &[
         tiles_64x16,
         on_a_processor
     ),
+    x_in_f16(wgsl!(
+        "qmatmul_nf4_coopmat" + "qmatmul_coopmat" + "weights_nf4" + "weights_nf4_scales" + "qmatmul_tail",
+        tiles_of_subgroups,
+        subgroups_of_32
+    )),
 ];
 pub const KERNELS_NF4DQ: &[Kernel] = &[
     wgsl!(
@@ -215,7 +247,17 @@ pub const KERNELS_NF4DQ: &[Kernel] = &[
         tiles_64x16,
         on_a_processor
     ),
+    x_in_f16(wgsl!(
+        "qmatmul_nf4dq_coopmat" + "qmatmul_coopmat" + "weights_nf4dq" + "weights_nf4dq_scales" + "qmatmul_tail",
+        tiles_of_subgroups,
+        subgroups_of_32
+    )),
 ];
+
+/// A kernel whose activations, and what it rounds, are f16.
+const fn x_in_f16(kernel: Kernel) -> Kernel {
+    Kernel { act: Dtype::F16, ..kernel }
+}
 
 fn launch(groups: [usize; 2], block: u32, shared_bytes: u32) -> Launch {
     Launch { grid: [groups[0] as u32, groups[1] as u32, 1], block: [block, 1, 1], shared_bytes }
@@ -227,6 +269,10 @@ fn one_output_an_invocation(d: &Dims) -> Launch {
 
 fn tiles_64x64(d: &Dims) -> Launch {
     launch([d["N"].div_ceil(64), d["M"].div_ceil(64)], 64, 8192)
+}
+
+fn tiles_of_subgroups(d: &Dims) -> Launch {
+    Launch { block: [128, 1, 1], shared_bytes: 10240, ..tiles_64x64(d) }
 }
 
 fn tiles_64x16(d: &Dims) -> Launch {
@@ -256,4 +302,8 @@ fn few_rows_subgroups(d: &Dims, caps: &Caps) -> bool {
 
 fn on_a_processor(d: &Dims, caps: &Caps) -> bool {
     caps.software && caps.subgroup.0 >= 8 && d["M"] >= BROADCAST_ROWS && whole_chunks(d)
+}
+
+fn subgroups_of_32(_: &Dims, caps: &Caps) -> bool {
+    caps.coopmat && caps.f16 && caps.subgroup == (32, 32)
 }
