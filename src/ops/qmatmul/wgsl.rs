@@ -17,242 +17,95 @@ use crate::tensor::Dtype;
 
 /// Most rows of x that the rungs for few rows take.
 const FEW_ROWS: usize = 8;
+/// Fewest rows of x that `tiled` takes: it computes 64 whatever there are.
+const MANY_ROWS: usize = 5;
 /// Rows of x from which on `broadcast` is the faster one: on lavapipe, 1536×576 in q4, it takes 2.0 ms at 1 to 16 rows,
 /// `subgroup` 0.8 at one and 1.3 at two.
 const BROADCAST_ROWS: usize = 3;
 
-pub const KERNELS_F32: &[Kernel] = &[
-    wgsl!("qmatmul_f32_naive" + "weights_f32" + "qmatmul_tail", one_output_an_invocation, always),
-    wgsl!("qmatmul_f32_tiled" + "qmatmul_tiled" + "weights_f32" + "qmatmul_tail", tiles_64x64, always),
-    wgsl!(
-        "qmatmul_f32_workgroup" + "qmatmul_gemv" + "weights_f32_x4" + "weights_x4" + "qmatmul_tail",
-        sixteen_rows_with_tree,
-        few_rows
-    ),
-    wgsl!(
-        "qmatmul_f32_subgroup" + "qmatmul_gemv" + "weights_f32_x4" + "weights_x4" + "qmatmul_tail",
-        sixteen_rows,
-        few_rows_subgroups
-    ),
-    wgsl!(
-        "qmatmul_f32_broadcast" + "qmatmul_broadcast" + "weights_f32_x4" + "weights_x4" + "qmatmul_tail",
-        tiles_64x16,
-        on_a_processor
-    ),
-    x_in_f16(wgsl!(
-        "qmatmul_f32_coopmat" + "qmatmul_coopmat" + "weights_f32" + "qmatmul_tail",
-        tiles_of_subgroups,
-        subgroups_of_32
-    )),
-];
-pub const KERNELS_F16: &[Kernel] = &[
-    wgsl!("qmatmul_f16_naive" + "weights_f16" + "qmatmul_tail", one_output_an_invocation, always),
-    wgsl!("qmatmul_f16_tiled" + "qmatmul_tiled" + "weights_f16" + "qmatmul_tail", tiles_64x64, always),
-    wgsl!(
-        "qmatmul_f16_workgroup" + "qmatmul_gemv" + "weights_f16_x4" + "weights_x4" + "qmatmul_tail",
-        sixteen_rows_with_tree,
-        few_rows
-    ),
-    wgsl!(
-        "qmatmul_f16_subgroup" + "qmatmul_gemv" + "weights_f16_x4" + "weights_x4" + "qmatmul_tail",
-        sixteen_rows,
-        few_rows_subgroups
-    ),
-    wgsl!(
-        "qmatmul_f16_broadcast" + "qmatmul_broadcast" + "weights_f16_x4" + "weights_x4" + "qmatmul_tail",
-        tiles_64x16,
-        on_a_processor
-    ),
-    x_in_f16(wgsl!(
-        "qmatmul_f16_coopmat" + "qmatmul_coopmat" + "weights_f16" + "qmatmul_tail",
-        tiles_of_subgroups,
-        subgroups_of_32
-    )),
-];
-pub const KERNELS_BF16: &[Kernel] = &[
-    wgsl!("qmatmul_bf16_naive" + "weights_bf16" + "qmatmul_tail", one_output_an_invocation, always),
-    wgsl!("qmatmul_bf16_tiled" + "qmatmul_tiled" + "weights_bf16" + "qmatmul_tail", tiles_64x64, always),
-    wgsl!(
-        "qmatmul_bf16_workgroup" + "qmatmul_gemv" + "weights_bf16_x4" + "weights_x4" + "qmatmul_tail",
-        sixteen_rows_with_tree,
-        few_rows
-    ),
-    wgsl!(
-        "qmatmul_bf16_subgroup" + "qmatmul_gemv" + "weights_bf16_x4" + "weights_x4" + "qmatmul_tail",
-        sixteen_rows,
-        few_rows_subgroups
-    ),
-    wgsl!(
-        "qmatmul_bf16_broadcast" + "qmatmul_broadcast" + "weights_bf16_x4" + "weights_x4" + "qmatmul_tail",
-        tiles_64x16,
-        on_a_processor
-    ),
-    x_in_f16(wgsl!(
-        "qmatmul_bf16_coopmat" + "qmatmul_coopmat" + "weights_bf16" + "qmatmul_tail",
-        tiles_of_subgroups,
-        subgroups_of_32
-    )),
-];
-pub const KERNELS_Q4: &[Kernel] = &[
-    wgsl!("qmatmul_q4_naive" + "weights_q4" + "weights_q4_scales" + "qmatmul_tail", one_output_an_invocation, always),
-    wgsl!(
-        "qmatmul_q4_tiled" + "qmatmul_tiled" + "weights_q4" + "weights_q4_scales" + "qmatmul_tail",
-        tiles_64x64,
-        always
-    ),
-    wgsl!(
-        "qmatmul_q4_workgroup" + "qmatmul_gemv" + "weights_q4_x4" + "weights_x4" + "weights_q4_scales" + "qmatmul_tail",
-        sixteen_rows_with_tree,
-        few_rows
-    ),
-    wgsl!(
-        "qmatmul_q4_subgroup" + "qmatmul_gemv" + "weights_q4_x4" + "weights_x4" + "weights_q4_scales" + "qmatmul_tail",
-        sixteen_rows,
-        few_rows_subgroups
-    ),
-    wgsl!(
-        "qmatmul_q4_broadcast"
-            + "qmatmul_broadcast"
-            + "weights_q4_x4"
-            + "weights_x4"
-            + "weights_q4_scales"
-            + "qmatmul_tail",
-        tiles_64x16,
-        on_a_processor
-    ),
-    x_in_f16(wgsl!(
-        "qmatmul_q4_coopmat" + "qmatmul_coopmat" + "weights_q4" + "weights_q4_scales" + "qmatmul_tail",
-        tiles_of_subgroups,
-        subgroups_of_32
-    )),
-];
-pub const KERNELS_Q8: &[Kernel] = &[
-    wgsl!("qmatmul_q8_naive" + "weights_q8" + "weights_q8_scales" + "qmatmul_tail", one_output_an_invocation, always),
-    wgsl!(
-        "qmatmul_q8_tiled" + "qmatmul_tiled" + "weights_q8" + "weights_q8_scales" + "qmatmul_tail",
-        tiles_64x64,
-        always
-    ),
-    wgsl!(
-        "qmatmul_q8_workgroup" + "qmatmul_gemv" + "weights_q8_x4" + "weights_x4" + "weights_q8_scales" + "qmatmul_tail",
-        sixteen_rows_with_tree,
-        few_rows
-    ),
-    wgsl!(
-        "qmatmul_q8_subgroup" + "qmatmul_gemv" + "weights_q8_x4" + "weights_x4" + "weights_q8_scales" + "qmatmul_tail",
-        sixteen_rows,
-        few_rows_subgroups
-    ),
-    wgsl!(
-        "qmatmul_q8_broadcast"
-            + "qmatmul_broadcast"
-            + "weights_q8_x4"
-            + "weights_x4"
-            + "weights_q8_scales"
-            + "qmatmul_tail",
-        tiles_64x16,
-        on_a_processor
-    ),
-    x_in_f16(wgsl!(
-        "qmatmul_q8_coopmat" + "qmatmul_coopmat" + "weights_q8" + "weights_q8_scales" + "qmatmul_tail",
-        tiles_of_subgroups,
-        subgroups_of_32
-    )),
-];
-pub const KERNELS_NF4: &[Kernel] = &[
-    wgsl!(
-        "qmatmul_nf4_naive" + "weights_nf4" + "weights_nf4_scales" + "qmatmul_tail",
-        one_output_an_invocation,
-        always
-    ),
-    wgsl!(
-        "qmatmul_nf4_tiled" + "qmatmul_tiled" + "weights_nf4" + "weights_nf4_scales" + "qmatmul_tail",
-        tiles_64x64,
-        always
-    ),
-    wgsl!(
-        "qmatmul_nf4_workgroup"
-            + "qmatmul_gemv"
-            + "weights_nf4_x4"
-            + "weights_x4"
-            + "weights_nf4_scales"
-            + "qmatmul_tail",
-        sixteen_rows_with_tree,
-        few_rows
-    ),
-    wgsl!(
-        "qmatmul_nf4_subgroup"
-            + "qmatmul_gemv"
-            + "weights_nf4_x4"
-            + "weights_x4"
-            + "weights_nf4_scales"
-            + "qmatmul_tail",
-        sixteen_rows,
-        few_rows_subgroups
-    ),
-    wgsl!(
-        "qmatmul_nf4_broadcast"
-            + "qmatmul_broadcast"
-            + "weights_nf4_x4"
-            + "weights_x4"
-            + "weights_nf4_scales"
-            + "qmatmul_tail",
-        tiles_64x16,
-        on_a_processor
-    ),
-    x_in_f16(wgsl!(
-        "qmatmul_nf4_coopmat" + "qmatmul_coopmat" + "weights_nf4" + "weights_nf4_scales" + "qmatmul_tail",
-        tiles_of_subgroups,
-        subgroups_of_32
-    )),
-];
-pub const KERNELS_NF4DQ: &[Kernel] = &[
-    wgsl!(
-        "qmatmul_nf4dq_naive" + "weights_nf4dq" + "weights_nf4dq_scales" + "qmatmul_tail",
-        one_output_an_invocation,
-        always
-    ),
-    wgsl!(
-        "qmatmul_nf4dq_tiled" + "qmatmul_tiled" + "weights_nf4dq" + "weights_nf4dq_scales" + "qmatmul_tail",
-        tiles_64x64,
-        always
-    ),
-    wgsl!(
-        "qmatmul_nf4dq_workgroup"
-            + "qmatmul_gemv"
-            + "weights_nf4dq_x4"
-            + "weights_x4"
-            + "weights_nf4dq_scales"
-            + "qmatmul_tail",
-        sixteen_rows_with_tree,
-        few_rows
-    ),
-    wgsl!(
-        "qmatmul_nf4dq_subgroup"
-            + "qmatmul_gemv"
-            + "weights_nf4dq_x4"
-            + "weights_x4"
-            + "weights_nf4dq_scales"
-            + "qmatmul_tail",
-        sixteen_rows,
-        few_rows_subgroups
-    ),
-    wgsl!(
-        "qmatmul_nf4dq_broadcast"
-            + "qmatmul_broadcast"
-            + "weights_nf4dq_x4"
-            + "weights_x4"
-            + "weights_nf4dq_scales"
-            + "qmatmul_tail",
-        tiles_64x16,
-        on_a_processor
-    ),
-    x_in_f16(wgsl!(
-        "qmatmul_nf4dq_coopmat" + "qmatmul_coopmat" + "weights_nf4dq" + "weights_nf4dq_scales" + "qmatmul_tail",
-        tiles_of_subgroups,
-        subgroups_of_32
-    )),
-];
+/// `shaders/<words>.wgsl`.
+macro_rules! shader {
+    ($($word:literal)*) => { crate::op::file!(concat!("shaders/", $($word,)* ".wgsl")) };
+}
+
+/// A format's rungs, the scales' file too where there is one.
+macro_rules! kernels {
+    ($name:ident, $word:literal $(, $scales:literal)?) => {
+        pub const $name: &[Kernel] = &[
+            rung(
+                concat!("qmatmul_", $word, "_naive"),
+                &[shader!("qmatmul_" $word "_naive"), shader!("weights_" $word), $(shader!($scales),)? TAIL],
+                one_output_an_invocation,
+                always,
+            ),
+            rung(
+                concat!("qmatmul_", $word, "_tiled"),
+                &[shader!("qmatmul_" $word "_tiled"), TILED, shader!("weights_" $word), $(shader!($scales),)? TAIL],
+                tiles_64x64,
+                many_rows,
+            ),
+            rung(
+                concat!("qmatmul_", $word, "_workgroup"),
+                &[
+                    shader!("qmatmul_" $word "_workgroup"), GEMV,
+                    shader!("weights_" $word "_x4"), X4, $(shader!($scales),)? TAIL,
+                ],
+                sixteen_rows_with_tree,
+                few_rows,
+            ),
+            rung(
+                concat!("qmatmul_", $word, "_subgroup"),
+                &[
+                    shader!("qmatmul_" $word "_subgroup"), GEMV,
+                    shader!("weights_" $word "_x4"), X4, $(shader!($scales),)? TAIL,
+                ],
+                sixteen_rows,
+                few_rows_subgroups,
+            ),
+            rung(
+                concat!("qmatmul_", $word, "_broadcast"),
+                &[
+                    shader!("qmatmul_" $word "_broadcast"), BROADCAST,
+                    shader!("weights_" $word "_x4"), X4, $(shader!($scales),)? TAIL,
+                ],
+                tiles_64x16,
+                on_a_processor,
+            ),
+            x_in_f16(rung(
+                concat!("qmatmul_", $word, "_coopmat"),
+                &[
+                    shader!("qmatmul_" $word "_coopmat"), COOPMAT,
+                    shader!("weights_" $word), $(shader!($scales),)? TAIL,
+                ],
+                tiles_of_subgroups,
+                subgroups_of_32,
+            )),
+        ];
+    };
+}
+kernels!(KERNELS_F32, "f32");
+kernels!(KERNELS_F16, "f16");
+kernels!(KERNELS_BF16, "bf16");
+kernels!(KERNELS_Q4, "q4", "weights_q4_scales");
+kernels!(KERNELS_Q8, "q8", "weights_q8_scales");
+kernels!(KERNELS_NF4, "nf4", "weights_nf4_scales");
+kernels!(KERNELS_NF4DQ, "nf4dq", "weights_nf4dq_scales");
+
+const TILED: File = shader!("qmatmul_tiled");
+const GEMV: File = shader!("qmatmul_gemv");
+const BROADCAST: File = shader!("qmatmul_broadcast");
+const COOPMAT: File = shader!("qmatmul_coopmat");
+const X4: File = shader!("weights_x4");
+const TAIL: File = shader!("qmatmul_tail");
+
+const fn rung(
+    stem: &'static str,
+    files: &'static [File],
+    launch: fn(&Dims) -> Launch,
+    supports: fn(&Dims, &Caps) -> bool,
+) -> Kernel {
+    Kernel { stem, source: Source::Wgsl(files), act: Dtype::F32, launch, supports }
+}
 
 /// A kernel whose activations, and what it rounds, are f16.
 const fn x_in_f16(kernel: Kernel) -> Kernel {
@@ -290,6 +143,10 @@ fn sixteen_rows_with_tree(d: &Dims) -> Launch {
 /// Rows of x and W begin at 16 bytes, and no chunk of 32 columns ends beyond one.
 fn whole_chunks(d: &Dims) -> bool {
     d["K"].is_multiple_of(32)
+}
+
+fn many_rows(d: &Dims, _: &Caps) -> bool {
+    d["M"] >= MANY_ROWS
 }
 
 fn few_rows(d: &Dims, _: &Caps) -> bool {
