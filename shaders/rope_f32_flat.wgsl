@@ -1,5 +1,5 @@
 // rope_f32_flat: y = x rotated, head by head, by its row's position     contract: src/ops/rope.rs
-// grid   min(ceil(M*H*D/2/256), 65535)     block 256
+// grid   min(ceil(M*H*D/512), 65535)     block 256
 // smem   0 B              features none
 // reads  4MHD + 4M + 4MD B      writes 4MHD B       bound: memory
 // idea   one pair of elements an invocation, i and i + D/2 of a head; a grid too short strides on

@@ -13,8 +13,11 @@ use dirty::{Dirty, WORDS};
 
 const SEED: u64 = 1;
 
+/// A device under a name of its own.
+type Named = (String, Arc<dyn Device>);
+
 fn main() {
-    let mut devices: Vec<(String, Arc<dyn Device>)> =
+    let mut devices: Vec<Named> =
         vec![("cpu".into(), Arc::new(Cpu::new())), ("ptx-sim".into(), Arc::new(PtxSim::new()))];
     let mut trials = Vec::new();
     match adapters() {
@@ -60,7 +63,7 @@ fn adapters() -> Result<Vec<wgpu::Listed>, String> {
 /// An adapter as three devices: all it has, with every launch finding NaN in workgroup memory; without subgroups, f16
 /// and a clock, and with small bindings, as the least of phones; and unchecked, as for speed. And a test that the first
 /// of them is what it says.
-fn on_adapter(adapter: &wgpu::Listed) -> (Vec<(String, Arc<dyn Device>)>, Trial) {
+fn on_adapter(adapter: &wgpu::Listed) -> (Vec<Named>, Trial) {
     let index = adapter.id.rsplit(':').next().and_then(|index| index.parse().ok()).expect("wgpu:N");
     let open = |options: &wgpu::Options| wgpu::Wgpu::with(index, options).expect("an adapter that is listed opens");
     let defaults = wgpu::Options::default();
@@ -72,7 +75,7 @@ fn on_adapter(adapter: &wgpu::Listed) -> (Vec<(String, Arc<dyn Device>)>, Trial)
         ..defaults.clone()
     };
     let dirty = Arc::new(Dirty::new(open(&defaults)));
-    let devices: Vec<(String, Arc<dyn Device>)> = vec![
+    let devices: Vec<Named> = vec![
         (adapter.id.clone(), dirty.clone()),
         (format!("{}:least", adapter.id), Arc::new(open(&least))),
         (format!("{}:unchecked", adapter.id), Arc::new(open(&wgpu::Options { checked: false, ..defaults }))),

@@ -66,6 +66,8 @@ struct ChecksFailed;
 /// Runs the command that the arguments name.
 pub fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
+    // Mesa's layer that chooses a first adapter would look for a display and complain of none; `device::wgpu` chooses.
+    std::env::set_var("NODEVICE_SELECT", "1");
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(message) => {

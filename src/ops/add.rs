@@ -39,7 +39,10 @@ const CPU: &[Kernel] = &[Kernel {
 
 const PTX: &[Kernel] = &[];
 
-const WGSL: &[Kernel] = &[wgsl!("add_f32_flat", |d| flat(d["M"] * d["K"]), always)];
+const WGSL: &[Kernel] = &[
+    wgsl!("add_f32_flat", |d| flat(d["M"] * d["K"]), always),
+    wgsl!("add_f32_vec4", |d| flat((d["M"] * d["K"]).div_ceil(4)), |d, _| (d["M"] * d["K"]).is_multiple_of(4)),
+];
 
 /// The definition.
 fn oracle(_: &Dims, args: &[HostTensor]) -> Vec<Expected> {

@@ -54,6 +54,7 @@ pub static ATTENTION: OpSpec = OpSpec {
         case_with(&[2, 9, 3, 64, 65], &[0.125], "two rows, each with a span of its own"),
         case_with(&[1, 9, 3, 64, 257], &[0.125], "decode"),
         case_with(&[1, 7, 1, 65, 33], &[3.0], "decode with large scores and odd sizes"),
+        case_with(&[33, 4, 2, 128, 65], &[0.088], "the widest heads of common decoders, causal after a cache"),
         case_with(&[128, 12, 12, 32, 128], &[0.177], "MiniLM"),
         case_with(&[128, 9, 3, 64, 257], &[0.125], "SmolLM2-135M"),
     ],
@@ -85,22 +86,29 @@ const PTX: &[Kernel] = &[];
 
 const WGSL: &[Kernel] = &[
     wgsl!("attention_f32_naive" + "exact", one_head_an_invocation, always),
-    wgsl!("attention_f32_workgroup" + "exact", one_head_a_group, |d, _| d["D"] <= 256),
-    wgsl!("attention_f32_tiled" + "exact", one_tile_a_group, |d, caps| d["M"] >= 8 && caps.shared_bytes >= 21512),
+    wgsl!("attention_f32_workgroup" + "exact", |d| one_head_a_group(d, 512), |d, _| d["D"] <= 256),
+    wgsl!("attention_f32_decode" + "exact" + "exact4", |d| one_head_a_group(d, 1536), |d, _| d["D"].is_multiple_of(4)
+        && d["D"] <= 256),
+    wgsl!("attention_f32_tiled" + "exact4", one_tile_a_group, |d, caps| {
+        d["D"].is_multiple_of(4) && d["M"] >= 8 && caps.shared_bytes >= TILE_BYTES
+    }),
 ];
 
 fn one_head_an_invocation(d: &Dims) -> Launch {
     Launch { grid: [(d["M"] * d["H"]).div_ceil(64) as u32, 1, 1], block: [64, 1, 1], shared_bytes: 0 }
 }
 
-fn one_head_a_group(d: &Dims) -> Launch {
-    Launch { grid: [d["H"] as u32, d["M"] as u32, 1], block: [64, 1, 1], shared_bytes: 512 }
+fn one_head_a_group(d: &Dims, shared_bytes: u32) -> Launch {
+    Launch { grid: [d["H"] as u32, d["M"] as u32, 1], block: [64, 1, 1], shared_bytes }
 }
+
+/// 32 rows of q, of k and v, and of weights, and what 64 invocations tell each other.
+const TILE_BYTES: u32 = 22536;
 
 /// 32 rows and 64 columns of a head.
 fn one_tile_a_group(d: &Dims) -> Launch {
     let grid = [d["M"].div_ceil(32) as u32, d["H"] as u32, d["D"].div_ceil(64) as u32];
-    Launch { grid, block: [64, 1, 1], shared_bytes: 21512 }
+    Launch { grid, block: [64, 1, 1], shared_bytes: TILE_BYTES }
 }
 
 /// A kernel of this table: Rust, f32.

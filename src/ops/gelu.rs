@@ -53,7 +53,11 @@ const CPU: &[Kernel] = &[
 
 const PTX: &[Kernel] = &[];
 
-const WGSL: &[Kernel] = &[wgsl!("gelu_f32_flat" + "exact", |d| flat(d["M"] * d["F"]), always)];
+const WGSL: &[Kernel] = &[
+    wgsl!("gelu_f32_flat" + "exact", |d| flat(d["M"] * d["F"]), always),
+    wgsl!("gelu_f32_vec4" + "exact4", |d| flat((d["M"] * d["F"]).div_ceil(4)), |d, _| (d["M"] * d["F"])
+        .is_multiple_of(4)),
+];
 
 /// The definition; 1 + erf as erfc(−x / √2), which keeps its digits where erf nears −1.
 fn oracle(_: &Dims, args: &[HostTensor]) -> Vec<Expected> {

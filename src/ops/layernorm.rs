@@ -50,10 +50,14 @@ const CPU: &[Kernel] = &[Kernel {
 
 const PTX: &[Kernel] = &[];
 
-const WGSL: &[Kernel] = &[wgsl!("layernorm_f32_workgroup" + "exact", one_row_a_group, always)];
+const WGSL: &[Kernel] = &[
+    wgsl!("layernorm_f32_workgroup" + "exact", |d| one_row_a_group(d, 64), always),
+    wgsl!("layernorm_f32_vec4" + "exact", |d| one_row_a_group(d, 32), |d, _| d["K"].is_multiple_of(4)),
+];
 
-fn one_row_a_group(d: &Dims) -> Launch {
-    Launch { grid: [d["M"] as u32, 1, 1], block: [64, 1, 1], shared_bytes: 256 }
+/// A word of workgroup memory an invocation.
+fn one_row_a_group(d: &Dims, width: u32) -> Launch {
+    Launch { grid: [d["M"] as u32, 1, 1], block: [width, 1, 1], shared_bytes: 4 * width }
 }
 
 /// Standard normal, every second row eight standard deviations off zero.

@@ -48,10 +48,14 @@ fn four_rows_a_block(d: &Dims) -> Launch {
     Launch { grid: [d["M"].div_ceil(4) as u32, 1, 1], block: [128, 1, 1], shared_bytes: 0 }
 }
 
-const WGSL: &[Kernel] = &[wgsl!("rmsnorm_f32_workgroup" + "exact", one_row_a_group, always)];
+const WGSL: &[Kernel] = &[
+    wgsl!("rmsnorm_f32_workgroup" + "exact", |d| one_row_a_group(d, 64), always),
+    wgsl!("rmsnorm_f32_vec4" + "exact", |d| one_row_a_group(d, 32), |d, _| d["K"].is_multiple_of(4)),
+];
 
-fn one_row_a_group(d: &Dims) -> Launch {
-    Launch { grid: [d["M"] as u32, 1, 1], block: [64, 1, 1], shared_bytes: 256 }
+/// A word of workgroup memory an invocation.
+fn one_row_a_group(d: &Dims, width: u32) -> Launch {
+    Launch { grid: [d["M"] as u32, 1, 1], block: [width, 1, 1], shared_bytes: 4 * width }
 }
 
 /// The pseudo-code made runnable: sums in f64, one row after another.

@@ -56,7 +56,10 @@ const CPU: &[Kernel] =
 
 const PTX: &[Kernel] = &[];
 
-const WGSL: &[Kernel] = &[wgsl!("rope_f32_flat", |d| flat(d["M"] * d["H"] * d["D"] / 2), always)];
+const WGSL: &[Kernel] = &[
+    wgsl!("rope_f32_flat", |d| flat(d["M"] * d["H"] * d["D"] / 2), always),
+    wgsl!("rope_f32_vec4", |d| flat(d["M"] * d["H"] * d["D"] / 8), |d, _| d["D"].is_multiple_of(8)),
+];
 
 /// How a model's context was stretched beyond the one it was trained with.
 #[derive(Clone, Debug, PartialEq)]

@@ -58,7 +58,11 @@ const CPU: &[Kernel] = &[
 
 const PTX: &[Kernel] = &[];
 
-const WGSL: &[Kernel] = &[wgsl!("swiglu_f32_flat" + "exact", |d| flat(d["M"] * d["F"]), always)];
+const WGSL: &[Kernel] = &[
+    wgsl!("swiglu_f32_flat" + "exact", |d| flat(d["M"] * d["F"]), always),
+    wgsl!("swiglu_f32_vec4" + "exact4", |d| flat((d["M"] * d["F"]).div_ceil(4)), |d, _| (d["M"] * d["F"])
+        .is_multiple_of(4)),
+];
 
 /// Normal of standard deviation 1, 5 and 40 in turn, no farther than 100 from zero: sigmoid's slope and both its ends.
 fn gates_near_and_far(d: &Dims, rng: &mut ChaCha8Rng) -> HostTensor {

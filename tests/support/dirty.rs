@@ -46,13 +46,17 @@ impl Dirty {
         self.device.launch(&DIRT, &DIRT.kernels[0][kernel], &[&self.y], &DIRT.dims(&[64], &[]))
     }
 
-    /// The most NaN a workgroup finds in its memory after one that left NaN there, of [`WORDS`].
+    /// The most NaN a workgroup finds in its memory after one that left NaN there, of [`WORDS`]; the best of several
+    /// goes, as launches of other threads may come between.
     pub fn found(&self) -> u32 {
-        self.run(0).unwrap();
-        self.run(1).unwrap();
-        let mut counts = [0u32; 64];
-        self.device.read(&self.y, 0, bytemuck::cast_slice_mut(&mut counts)).unwrap();
-        counts.into_iter().max().unwrap()
+        let go = || {
+            self.run(0).unwrap();
+            self.run(1).unwrap();
+            let mut counts = [0u32; 64];
+            self.device.read(&self.y, 0, bytemuck::cast_slice_mut(&mut counts)).unwrap();
+            counts.into_iter().max().unwrap()
+        };
+        (0..100).map(|_| go()).find(|found| *found == WORDS).unwrap_or(0)
     }
 }
 

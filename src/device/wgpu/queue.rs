@@ -17,7 +17,9 @@ use wgpu::{BufferUsages, PollType};
 /// Params of a command buffer at most.
 const SLOTS: usize = 256;
 /// Launches after which a command buffer is sent: the device begins while the rest is still being queued.
-const LAUNCHES: usize = 256;
+const LAUNCHES: usize = 64;
+/// Bytes written after which the writes are sent and waited for: until then wgpu keeps a copy of them.
+const WRITTEN_BYTES: usize = 64 << 20;
 /// Bind groups kept at most.
 const GROUPS: usize = 8192;
 /// Bytes read at once.
@@ -51,6 +53,8 @@ struct State {
     /// The encoder's open pass.
     pass: Option<wgpu::ComputePass<'static>>,
     launches: usize,
+    /// Bytes of writes since the last wait.
+    written: usize,
     /// Memory that the command buffer touches.
     used: HashSet<u64>,
     /// Params of the command buffer, and where each lies in the uniform buffer.
@@ -138,7 +142,15 @@ impl Queue {
         if state.used.contains(&target.id) {
             self.flush_locked(state, faults)?;
         }
-        self.queue.write_buffer(&target.buffer, offset as u64, source);
+        for (i, part) in source.chunks(WRITTEN_BYTES).enumerate() {
+            self.queue.write_buffer(&target.buffer, (offset + i * WRITTEN_BYTES) as u64, part);
+            state.written += part.len();
+            if state.written >= WRITTEN_BYTES {
+                self.flush_locked(state, faults)?;
+                self.wait(faults)?;
+                state.written = 0;
+            }
+        }
         faults.take(&self.id, "write")
     }
 
