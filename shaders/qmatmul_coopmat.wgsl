@@ -8,6 +8,8 @@
 // The only roundings at the size of f16 are those of the decoded weights, so an error is told in units of f16: the row
 // says so by its activations. Rows of the tiles are 48 bytes apart, which spreads eight of them over all banks and
 // keeps each at 16 bytes. Sums leave by way of workgroup memory, as y may begin and end anywhere.
+//
+// Validated, not run: no adapter with such matrices was at hand. tests/coopmat.rs runs it with plain functions instead.
 
 const STEP: u32 = 16u;
 const PITCH: u32 = 24u;
