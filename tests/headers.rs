@@ -1,5 +1,5 @@
-//! The header of every GPU kernel says what the table's row does: grid, block and shared memory over all cases; and every
-//! file of `kernels/` and `shaders/` belongs to a row.
+//! The header of every GPU kernel says what the table's row does: grid, block and shared memory over all cases; and
+//! every file of `kernels/` and `shaders/` belongs to a row.
 
 use handmill::device::{ptx_sim::PtxSim, Device};
 use handmill::op::{Caps, DeviceKind, Dims, File, Kernel, OpSpec, Simd, Source};

@@ -157,8 +157,8 @@ pub fn run_as(act: Dtype, device: &dyn Device, spec: &OpSpec, args: &[&Buffer], 
     }
 }
 
-/// Checks a launch against its contract, for every device alike: the number of arguments, that each is large enough, and that no
-/// output shares bytes with another argument.
+/// Checks a launch against its contract, for every device alike: the number of arguments, that each is large enough,
+/// and that no output shares bytes with another argument.
 pub fn check_launch(spec: &OpSpec, kernel: &Kernel, args: &[&Buffer], dims: &Dims) -> Result<()> {
     let invalid = |reason: String| Error::Invalid { what: format!("{} ({dims})", kernel.stem), reason };
     if args.len() != spec.args.len() {
