@@ -105,12 +105,23 @@ const CASES: &[Case] = &[
 ];
 
 const STATS_CPU: &[Kernel] = &[rust("attention_stats_f32_naive", naive_stats, always)];
-const STATS_PTX: &[Kernel] = &[];
+const STATS_PTX: &[Kernel] = &[ptx!("attention_stats_f32_warp", four_queries_a_block, always)];
 const STATS_WGSL: &[Kernel] = &[];
 
 const CPU: &[Kernel] = &[rust("attention_backward_f32_naive", naive, always)];
-const PTX: &[Kernel] = &[];
+// Its threads are the columns of a row.
+const PTX: &[Kernel] = &[ptx!("attention_backward_f32_naive", a_row_a_block, |d, _| d["D"] <= 128)];
 const WGSL: &[Kernel] = &[];
+
+/// A block of 128 threads holds four warps, each warp a query row and head.
+fn four_queries_a_block(d: &Dims) -> Launch {
+    Launch { grid: [(d["M"] * d["H"]).div_ceil(4) as u32, 1, 1], block: [128, 1, 1], shared_bytes: 0 }
+}
+
+/// A block of 128 threads for each row of dq, then for each of dk and dv.
+fn a_row_a_block(d: &Dims) -> Launch {
+    Launch { grid: [(d["M"] * d["H"] + d["C"] * d["KV"]) as u32, 1, 1], block: [128, 1, 1], shared_bytes: 0 }
+}
 
 /// Pairs of a query row and a key, times H·D, as `attention` counts them.
 fn pairs(d: &Dims) -> u64 {
