@@ -1,18 +1,57 @@
-//! `qmatmul` in PTX:
+//! `qmatmul` in PTX, up to three rungs a format:
 //!
 //! | variant | idea | for |
 //! | --- | --- | --- |
 //! | `naive` | one output a thread | reading |
+//! | `warp` | a warp streams two rows of W once past 16 rows of x, which lie in shared memory | few tokens |
+//! | `mma` | tensor cores; x in bf16, W decoded to bf16 in registers | many tokens |
+//!
+//! How much of the tolerance `mma` uses: let u = 2^-8, the unit roundoff of bf16. x is exact, being the input; a weight
+//! is decoded in f32 and rounded once, so each term x·w is off by at most u·|x·w|, and decoding, scale, bias and the
+//! low-rank term are f32 work, of 2^-24. The tensor cores add products exact in f32, each sum off by at most 2^-22
+//! (they may truncate where f32 rounds): K sums by K·2^-14·u, below u for K up to 2^14. So even when no two errors
+//! cancel, two of the sqrt(K + R) + 6 roundings of u are enough.
 
 use crate::op::*;
+use crate::tensor::Dtype;
 
-pub const KERNELS_F32: &[Kernel] = &[ptx!("qmatmul_f32_naive", row_by_columns, columns_fit)];
-pub const KERNELS_F16: &[Kernel] = &[ptx!("qmatmul_f16_naive", row_by_columns, columns_fit)];
-pub const KERNELS_BF16: &[Kernel] = &[ptx!("qmatmul_bf16_naive", row_by_columns, columns_fit)];
-pub const KERNELS_Q4: &[Kernel] = &[ptx!("qmatmul_q4_naive", row_by_columns, columns_fit)];
-pub const KERNELS_Q8: &[Kernel] = &[ptx!("qmatmul_q8_naive", row_by_columns, columns_fit)];
-pub const KERNELS_NF4: &[Kernel] = &[ptx!("qmatmul_nf4_naive", row_by_columns, columns_fit)];
-pub const KERNELS_NF4DQ: &[Kernel] = &[ptx!("qmatmul_nf4dq_naive", row_by_columns, columns_fit)];
+pub const KERNELS_F32: &[Kernel] = &[
+    ptx!("qmatmul_f32_naive", row_by_columns, columns_fit),
+    ptx!("qmatmul_f32_warp", sixteen_by_sixteen, rows_of_4_fit),
+];
+pub const KERNELS_F16: &[Kernel] = &[
+    ptx!("qmatmul_f16_naive", row_by_columns, columns_fit),
+    ptx!("qmatmul_f16_warp", sixteen_by_sixteen, rows_of_8_fit),
+];
+pub const KERNELS_BF16: &[Kernel] = &[
+    ptx!("qmatmul_bf16_naive", row_by_columns, columns_fit),
+    ptx!("qmatmul_bf16_warp", sixteen_by_sixteen, rows_of_8_fit),
+];
+pub const KERNELS_Q4: &[Kernel] = &[
+    ptx!("qmatmul_q4_naive", row_by_columns, columns_fit),
+    ptx!("qmatmul_q4_warp", sixteen_by_sixteen, rows_fit),
+    tensor_cores(ptx!("qmatmul_q4_mma", tiles, whole_vectors)),
+];
+pub const KERNELS_Q8: &[Kernel] = &[
+    ptx!("qmatmul_q8_naive", row_by_columns, columns_fit),
+    ptx!("qmatmul_q8_warp", sixteen_by_sixteen, rows_fit),
+    tensor_cores(ptx!("qmatmul_q8_mma", tiles, columns_fit)),
+];
+pub const KERNELS_NF4: &[Kernel] = &[
+    ptx!("qmatmul_nf4_naive", row_by_columns, columns_fit),
+    ptx!("qmatmul_nf4_warp", sixteen_by_sixteen, rows_fit),
+    tensor_cores(ptx!("qmatmul_nf4_mma", tiles, columns_fit)),
+];
+pub const KERNELS_NF4DQ: &[Kernel] = &[
+    ptx!("qmatmul_nf4dq_naive", row_by_columns, columns_fit),
+    ptx!("qmatmul_nf4dq_warp", sixteen_by_sixteen, rows_fit),
+    tensor_cores(ptx!("qmatmul_nf4dq_mma", tiles, columns_fit)),
+];
+
+/// The same with activations in bf16.
+const fn tensor_cores(kernel: Kernel) -> Kernel {
+    Kernel { act: Dtype::BF16, ..kernel }
+}
 
 /// `naive`: a block is one row of x and 128 rows of W.
 fn row_by_columns(d: &Dims) -> Launch {
@@ -22,4 +61,43 @@ fn row_by_columns(d: &Dims) -> Launch {
 /// A grid has 65,535 blocks along its second axis.
 fn columns_fit(d: &Dims, _: &Caps) -> bool {
     d["N"].div_ceil(128) <= 65_535
+}
+
+/// Rows of x that a block of `warp` takes: their sums and two steps of their columns fill its shared memory.
+const ROWS: usize = 16;
+/// Shared memory of `warp` for each row of x: two buffers of 512 columns, and two sums for each of 256 threads.
+const ROW_BYTES: usize = 2 * 512 * 4 + 256 * 8;
+
+/// `warp`: 16 rows of x by eight warps of two rows of W each.
+fn sixteen_by_sixteen(d: &Dims) -> Launch {
+    Launch {
+        grid: [d["M"].div_ceil(ROWS) as u32, d["N"].div_ceil(16) as u32, 1],
+        block: [256, 1, 1],
+        shared_bytes: (d["M"].min(ROWS) * ROW_BYTES) as u32,
+    }
+}
+
+/// Packed rows begin at a multiple of what a lane loads at once: their groups see to that.
+fn rows_fit(d: &Dims, _: &Caps) -> bool {
+    d["N"].div_ceil(16) <= 65_535
+}
+
+/// Rows of f32 begin at multiples of 16 bytes.
+fn rows_of_4_fit(d: &Dims, caps: &Caps) -> bool {
+    rows_fit(d, caps) && d["K"].is_multiple_of(4)
+}
+
+/// Rows of 16-bit weights begin at multiples of 16 bytes.
+fn rows_of_8_fit(d: &Dims, caps: &Caps) -> bool {
+    rows_fit(d, caps) && d["K"].is_multiple_of(8)
+}
+
+/// `mma`: tiles of 64 rows of x by 128 rows of W.
+fn tiles(d: &Dims) -> Launch {
+    Launch { grid: [d["M"].div_ceil(64) as u32, d["N"].div_ceil(128) as u32, 1], block: [128, 1, 1], shared_bytes: 0 }
+}
+
+/// Rows of 4-bit codes begin at multiples of 16 bytes: all but groups of 16 in odd number see to that.
+fn whole_vectors(d: &Dims, caps: &Caps) -> bool {
+    columns_fit(d, caps) && d["K"].is_multiple_of(32)
 }

@@ -1,4 +1,4 @@
-//! What the executor counts where a kernel's header promises it: no bank conflicts in shared memory.
+//! What the executor counts of attention: no bank conflicts, and tiles of keys that many queries share.
 
 use handmill::device::{ptx_sim::PtxSim, Device};
 use handmill::op::Source;

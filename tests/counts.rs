@@ -1,0 +1,129 @@
+//! What the fast PTX rungs of `qmatmul` move, and how: counts by the executor, exact on any machine. A kernel that reads
+//! a weight twice, wastes part of a sector or lets lanes wait for a shared-memory bank fails here.
+
+#[path = "counts/attention.rs"]
+mod attention;
+
+use handmill::op::{Dims, Kernel, Launch, OpSpec, Source};
+use handmill::{ops::OPS, verify};
+use ptx_sim::{launch, BufferCount, Counts, Memory, Module, Options, Param};
+
+/// N and K of SmolLM2-135M's down projection.
+const N: usize = 576;
+const K: usize = 1536;
+const SEED: u64 = 1;
+
+/// One launch and its counts.
+struct Counted {
+    spec: &'static OpSpec,
+    kernel: &'static Kernel,
+    dims: Dims,
+    work: Launch,
+    counts: Counts,
+}
+
+/// Runs `qmatmul_<format>_<variant>` once on M rows; groups of 32 and f16 scales, as GGUF files have them.
+fn count(format: &str, variant: &str, m: usize) -> Counted {
+    let spec: &'static OpSpec =
+        OPS.iter().find(|s| s.name == "qmatmul" && s.format == format).expect("a format of qmatmul");
+    let stem = format!("qmatmul_{format}_{variant}");
+    let kernel = spec.kernels().find(|k| k.stem == stem).expect("a kernel of the table");
+    let mut values = vec![m, N, K, N, 0, 0, 0];
+    let of_format = &spec.dims[values.len()..];
+    values.extend(of_format.iter().map(|dim| if *dim == "G" { 32 } else { 0 }));
+    let dims = spec.dims(&values, &[0.0]);
+
+    let Source::Ptx(file) = kernel.source else { panic!("{stem} is not in PTX") };
+    let module = Module::parse(&file.read().expect("the kernel's file"), file.path).expect("PTX");
+    let mut memory = Memory::new();
+    let mut params = Vec::new();
+    for tensor in verify::fill(spec, &dims, kernel.act, SEED) {
+        params.push(Param::Buffer(memory.alloc_from(tensor.bytes.as_slice()).expect("memory")));
+    }
+    params.push(Param::Bytes(dims.params().to_vec()));
+    let work = (kernel.launch)(&dims);
+    let shape = ptx_sim::Launch { grid: work.grid, block: work.block, dynamic_shared: work.shared_bytes, params };
+    let options = Options { count: true, ..Options::default() };
+    let counts = launch(&module, &stem, &mut memory, &shape, &options).expect("a run").counts;
+    Counted { spec, kernel, dims, work, counts }
+}
+
+impl Counted {
+    /// An argument's bytes and what was done to it.
+    fn arg(&self, name: &str) -> (u64, BufferCount) {
+        let i = self.spec.args.iter().position(|a| a.name == name).expect("an argument of the contract");
+        (self.spec.args[i].bytes(&self.dims, self.kernel.act) as u64, self.counts.buffers[i])
+    }
+
+    /// The weights, or their codes: what the kernel is there to stream.
+    fn streamed(&self) -> &'static str {
+        self.spec.args[1].name
+    }
+
+    /// Arguments that hold W, but for the two tables of nf4dq, which stay in the first-level cache.
+    fn parts_of_w(&self) -> impl Iterator<Item = &'static str> {
+        let names = self.spec.args.iter().map(|a| a.name);
+        names.skip(1).take_while(|name| *name != "bias").filter(|name| !["code", "offset"].contains(name))
+    }
+
+    fn what(&self) -> String {
+        format!("{} ({})", self.kernel.stem, self.dims)
+    }
+}
+
+#[test]
+fn warp_streams_w_once_up_to_16_rows() {
+    for format in ["f32", "f16", "bf16", "q4", "q8", "nf4", "nf4dq"] {
+        for m in [1, 16] {
+            let run = count(format, "warp", m);
+            let what = run.what();
+
+            // Each byte once, in whole sectors: a request of 32 lanes uses all 32 bytes of each sector it touches.
+            let (bytes, moved) = run.arg(run.streamed());
+            assert_eq!((moved.read, moved.sector_read), (bytes, bytes), "{what}: {}", run.streamed());
+
+            // With scales. A block of nf4dq has one byte of absmax, so that a request for 8 blocks uses a quarter of
+            // its sector, and absmax2 is looked up once a step; the first-level cache holds both until the row ends.
+            let (mut least, mut sectors) = (0, 0);
+            for name in run.parts_of_w() {
+                let (bytes, moved) = run.arg(name);
+                least += bytes;
+                sectors += moved.sector_read;
+            }
+            let share = sectors as f64 / least as f64;
+            let allowed = if format == "nf4dq" { 1.25 } else { 1.0 };
+            assert!(share <= allowed, "{what}: {share:.3} of W's bytes moved");
+
+            // x once for each block of 16 rows of W, y once.
+            let (bytes, moved) = run.arg("x");
+            assert_eq!(moved.sector_read, bytes * u64::from(run.work.grid[1]), "{what}: x");
+            let (bytes, moved) = run.arg("y");
+            assert_eq!(moved.written, bytes, "{what}: y");
+
+            assert_eq!(run.counts.shared.conflicts, 0, "{what}: waves lost to bank conflicts");
+        }
+    }
+}
+
+#[test]
+fn mma_moves_each_tile_once_without_conflicts() {
+    for format in ["q4", "q8", "nf4", "nf4dq"] {
+        for m in [16, 128] {
+            let run = count(format, "mma", m);
+            let what = run.what();
+            let [rows, columns, _] = run.work.grid.map(u64::from);
+
+            let (bytes, moved) = run.arg(run.streamed());
+            assert_eq!((moved.read, moved.sector_read), (rows * bytes, rows * bytes), "{what}: {}", run.streamed());
+            let (bytes, moved) = run.arg("x");
+            assert_eq!((moved.read, moved.sector_read), (columns * bytes, columns * bytes), "{what}: x");
+            let (bytes, moved) = run.arg("y");
+            assert_eq!((moved.written, moved.sector_written), (bytes, bytes), "{what}: y");
+
+            // No tensor-core work for rows of x that are not there.
+            let (m, k) = (m as u64, K as u64);
+            assert_eq!(run.counts.mma, m / 16 * (columns * 128 / 8) * (k / 16), "{what}: mma instructions");
+            assert_eq!(run.counts.shared.conflicts, 0, "{what}: waves lost to bank conflicts");
+        }
+    }
+}
