@@ -36,7 +36,13 @@ fn counts(stem: &str) -> Vec<(String, Counts)> {
 
 #[test]
 fn attention_has_no_bank_conflicts() {
-    for stem in ["attention_f32_naive", "attention_f32_tiled", "attention_f32_decode"] {
+    for stem in [
+        "attention_f32_naive",
+        "attention_f32_tiled",
+        "attention_f32_decode",
+        "attention_backward_f32_naive",
+        "attention_backward_f32_tiled",
+    ] {
         for (dims, counts) in counts(stem) {
             let lines: Vec<_> = counts.lines.iter().filter(|line| line.conflicts > 0).collect();
             assert!(lines.is_empty(), "{stem} ({dims}): {lines:?}");
