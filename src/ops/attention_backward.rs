@@ -107,7 +107,12 @@ const CASES: &[Case] = &[
 ];
 
 const STATS_CPU: &[Kernel] = &[rust("attention_stats_f32_naive", naive_stats, always)];
-const STATS_PTX: &[Kernel] = &[ptx!("attention_stats_f32_warp", four_queries_a_block, always)];
+const STATS_PTX: &[Kernel] = &[
+    ptx!("attention_stats_f32_warp", four_queries_a_block, always),
+    ptx!("attention_stats_f32_tiled", queries_a_block, |d, caps| {
+        d["D"] <= 128 && queries_a_block(d).shared_bytes <= caps.shared_bytes
+    }),
+];
 const STATS_WGSL: &[Kernel] = &[];
 
 const CPU: &[Kernel] = &[rust("attention_backward_f32_naive", naive, always)];
@@ -124,6 +129,18 @@ const WGSL: &[Kernel] = &[];
 /// A block of 128 threads holds four warps, each warp a query row and head.
 fn four_queries_a_block(d: &Dims) -> Launch {
     Launch { grid: [(d["M"] * d["H"]).div_ceil(4) as u32, 1, 1], block: [128, 1, 1], shared_bytes: 0 }
+}
+
+/// A block of 128 threads for 64 of the queries that share a key head, and tiles of 64 + 32 + 32 rows of D rounded up to 32,
+/// plus 4, numbers and of 64 pairs.
+fn queries_a_block(d: &Dims) -> Launch {
+    let blocks = (d["M"] * (d["H"] / d["KV"])).div_ceil(64);
+    let row = d["D"].next_multiple_of(32) + 4;
+    Launch {
+        grid: [blocks as u32, d["KV"] as u32, 1],
+        block: [128, 1, 1],
+        shared_bytes: (4 * (128 * row + 128)) as u32,
+    }
 }
 
 /// A block of 128 threads for each row of dq, then for each of dk and dv.

@@ -40,6 +40,7 @@ fn attention_has_no_bank_conflicts() {
         "attention_f32_naive",
         "attention_f32_tiled",
         "attention_f32_decode",
+        "attention_stats_f32_tiled",
         "attention_backward_f32_naive",
         "attention_backward_f32_tiled",
     ] {
