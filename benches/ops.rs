@@ -19,6 +19,8 @@ const LAYER: [(usize, usize); 2] = [(1536, 576), (576, 1536)];
 const HEAD: (usize, usize) = (49152, 576);
 /// Tokens at once: one chat's next, a few chats', a prompt.
 const TOKENS: [usize; 3] = [1, 8, 512];
+/// Tokens of a step of training.
+const TRAINED: usize = 256;
 /// Above so many operations the rung meant for reading, `naive`, would take longer than all others together.
 const NAIVE_FLOPS: u64 = 100_000_000;
 /// From so many operations a byte on, arithmetic is what a kernel waits for.
@@ -42,8 +44,11 @@ fn ops(criterion: &mut Criterion) {
 /// The shapes an op is timed on: its real model's, the last of its cases, and for products SmolLM2-135M's.
 fn shapes(spec: &OpSpec) -> Vec<Dims> {
     let last = spec.cases.last().map(|case| spec.case_dims(case)).expect("an op has cases");
-    if spec.name != "qmatmul" {
-        return vec![last];
+    match spec.name {
+        "qmatmul" => {}
+        "qmatmul_t" => return LAYER.map(|shape| of_training(spec, shape)).into(),
+        "attention_backward" | "attention_stats" => return vec![last.with("M", TRAINED).with("C", TRAINED)],
+        _ => return vec![last],
     }
     let product = |m: usize, (n, k): (usize, usize)| {
         let plain = ["BIAS", "R", "Y0", "WIDE", "AFFINE"].iter().filter(|&&dim| last.get(dim).is_some());
@@ -54,6 +59,13 @@ fn shapes(spec: &OpSpec) -> Vec<Dims> {
     let layers = TOKENS.iter().flat_map(|&m| LAYER.map(|shape| product(m, shape)));
     let head = (spec.format == "q8").then(|| product(1, HEAD));
     layers.chain(head).collect()
+}
+
+/// A step of training's tokens through a projection and an adapter of rank 8.
+fn of_training(spec: &OpSpec, (n, k): (usize, usize)) -> Dims {
+    let last = spec.cases.last().map(|case| spec.case_dims(case)).expect("an op has cases");
+    let shape = [("M", TRAINED), ("N", n), ("K", k), ("LDY", n), ("R", 8), ("ACC", 0)];
+    shape.iter().fold(last, |dims, &(dim, value)| dims.with(dim, value))
 }
 
 fn bench(criterion: &mut Criterion, device: &dyn Device, spec: &OpSpec, kernel: &'static Kernel, dims: &Dims) {

@@ -3,14 +3,17 @@
 //! - `lora_backward`: `dS[M,R] = s · dy[M,N] · B[N,R]` and `dB[N,R] = s · dyᵀ[N,M] · S[M,R] (+ dB)`, which both read dy
 //! - `lora_backward_a`: `dA[R,K] = dSᵀ[R,M] · x[M,K] (+ dA)`
 //!
-//! dy is columns Y0..Y0+N of a matrix `[M,LDY]`. With `ACC` = 1 the gradients of the weights are added to what dB and dA
-//! hold, as accumulation over microbatches wants; with 0 the old values are never read. dS is always written.
+//! dy is columns Y0..Y0+N of a matrix `[M,LDY]`. With `ACC` = 1 the gradients of the weights are added to what dB and
+//! dA hold, as accumulation over microbatches wants; with 0 the old values are never read. dS is always written.
 //!
 //! Sums have one order: a kernel may cut M or N into parts, never by the number of its threads, and adds the parts in
 //! order, with no atomic additions. So a step gives the same bits every time.
 
+use super::vector::{for_simd, Body, Vector};
+use super::{simd, skinny};
 use crate::op::*;
 use crate::tensor::{Dtype, HostTensor};
+use rayon::prelude::*;
 
 const WHY: &str =
     "as many products are summed as the longer of the two sums has; their roundings, independent of each \
@@ -79,11 +82,21 @@ pub static LORA_BACKWARD_A: OpSpec = OpSpec {
     kernels: &[CPU_A, PTX_A, WGSL_A],
 };
 
-const CPU: &[Kernel] = &[rust("lora_backward_f32_naive", naive, always)];
+const CPU: &[Kernel] = &[
+    rust("lora_backward_f32_naive", naive, always),
+    rust("lora_backward_f32_blocked", |d, args| blocked(d, args, Simd::Portable), always),
+    rust("lora_backward_f32_blocked_avx2", |d, args| blocked(d, args, Simd::Avx2), has_avx2),
+    rust("lora_backward_f32_blocked_avx512", |d, args| blocked(d, args, Simd::Avx512), has_avx512),
+];
 const PTX: &[Kernel] = &[ptx!("lora_backward_f32_block", tokens_then_columns, always)];
 const WGSL: &[Kernel] = &[];
 
-const CPU_A: &[Kernel] = &[rust("lora_backward_a_f32_naive", naive_a, always)];
+const CPU_A: &[Kernel] = &[
+    rust("lora_backward_a_f32_naive", naive_a, always),
+    rust("lora_backward_a_f32_columns", |d, args| columns(d, args, Simd::Portable), always),
+    rust("lora_backward_a_f32_columns_avx2", |d, args| columns(d, args, Simd::Avx2), has_avx2),
+    rust("lora_backward_a_f32_columns_avx512", |d, args| columns(d, args, Simd::Avx512), has_avx512),
+];
 const PTX_A: &[Kernel] = &[ptx!("lora_backward_a_f32_block", columns_a_block, always)];
 const WGSL_A: &[Kernel] = &[];
 
@@ -167,5 +180,111 @@ fn naive_a(d: &Dims, args: &mut [Slice<'_>]) {
         for (da, ds) in da.chunks_mut(k).zip(ds) {
             da.iter_mut().zip(x).for_each(|(da, x)| *da += ds * x);
         }
+    }
+}
+
+/// Values of dy in a block of rows: 1 MiB, which stays near while both gradients read it.
+const BLOCK: usize = 1 << 18;
+/// Columns of dy or x whose sums over all rows are one task's.
+const COLUMNS: usize = 128;
+
+/// CPU: a block of dy's rows after another, read once: for dS its rows side by side, for dB its columns. dB's sums lie
+/// as [COLUMNS of N][R][COLUMNS] until the end, so that dy's columns are vectors; each runs over all rows in order.
+fn blocked(d: &Dims, args: &mut [Slice<'_>], simd: Simd) {
+    let (m, n, r, ldy, y0, s) = (d["M"], d["N"], d["R"], d["LDY"], d["Y0"], d.scalar("s"));
+    let [dy, b, lora_s, ds, db] = args else { unreachable!("five arguments") };
+    let (dy, b, lora_s, ds, db) = (dy.f32(), b.f32(), lora_s.f32(), ds.f32_mut(), db.f32_mut());
+    assert!(y0 + n <= ldy && dy.len() == m * ldy, "columns {y0}+{n} of dy[{m},{ldy}]");
+
+    let mut b_t = vec![0.0; r * n];
+    for (j, b) in b.chunks_exact(r).enumerate() {
+        b.iter().enumerate().for_each(|(l, b)| b_t[l * n + j] = *b);
+    }
+    let mut sums = vec![0.0; n * r];
+    let rows = (BLOCK / n).max(1);
+    // At 30 multiply-adds a nanosecond.
+    let (row_grain, column_grain) =
+        (simd::grain((n * r) as f64 / 30.0), simd::grain((rows * COLUMNS * r) as f64 / 30.0));
+    for (block, (ds, lora_s)) in ds.chunks_mut(rows * r).zip(lora_s.chunks(rows * r)).enumerate() {
+        let dy = &dy[block * rows * ldy + y0..];
+        ds.par_chunks_mut(row_grain * r).enumerate().for_each(|(task, ds)| {
+            for_simd(simd, Dots { dy: &dy[task * row_grain * ldy..], ldy, n, b_t: &b_t, s, r, ds });
+        });
+        sums.par_chunks_mut(COLUMNS * r).enumerate().with_min_len(column_grain).for_each(|(task, sums)| {
+            for_simd(simd, Outer { x: &dy[task * COLUMNS..], ldx: ldy, s: lora_s, r, sums });
+        });
+    }
+    let add = d["ACC"] == 1;
+    let work = db.par_chunks_mut(COLUMNS * r).zip(sums.par_chunks(COLUMNS * r));
+    work.with_min_len(simd::grain((COLUMNS * r) as f64)).for_each(|(db, sums)| {
+        let columns = sums.len() / r;
+        for (j, db) in db.chunks_exact_mut(r).enumerate() {
+            for (l, db) in db.iter_mut().enumerate() {
+                let before = if add { *db } else { 0.0 };
+                *db = s * sums[l * columns + j] + before;
+            }
+        }
+    });
+}
+
+/// CPU: columns of x in parallel, each task's sums over all rows, in order.
+fn columns(d: &Dims, args: &mut [Slice<'_>], simd: Simd) {
+    let (m, k, r) = (d["M"], d["K"], d["R"]);
+    let [x, ds, da] = args else { unreachable!("three arguments") };
+    let (x, ds, add) = (x.f32(), ds.f32(), d["ACC"] == 1);
+    // Each task's columns of each row of dA.
+    let mut tasks: Vec<Vec<&mut [f32]>> = (0..k.div_ceil(COLUMNS)).map(|_| Vec::with_capacity(r)).collect();
+    for row in da.f32_mut().chunks_mut(k) {
+        tasks.iter_mut().zip(row.chunks_mut(COLUMNS)).for_each(|(task, part)| task.push(part));
+    }
+    let grain = simd::grain((m * COLUMNS * r) as f64 / 30.0);
+    tasks.par_iter_mut().enumerate().with_min_len(grain).for_each(|(task, rows)| {
+        let mut sums = vec![0.0; rows.iter().map(|row| row.len()).sum()];
+        for_simd(simd, Outer { x: &x[task * COLUMNS..], ldx: k, s: ds, r, sums: &mut sums });
+        for (row, sums) in rows.iter_mut().zip(sums.chunks(COLUMNS.min(k - task * COLUMNS))) {
+            for (da, sum) in row.iter_mut().zip(sums) {
+                *da = if add { *da + sum } else { *sum };
+            }
+        }
+    });
+}
+
+/// The rows of dS of one task.
+struct Dots<'a> {
+    /// From the first row's column Y0 on.
+    dy: &'a [f32],
+    ldy: usize,
+    n: usize,
+    /// [R,N]
+    b_t: &'a [f32],
+    s: f32,
+    r: usize,
+    ds: &'a mut [f32],
+}
+
+impl Body for Dots<'_> {
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        for (i, ds) in self.ds.chunks_exact_mut(self.r).enumerate() {
+            skinny::dots::<V>(&self.dy[i * self.ldy..][..self.n], self.b_t, ds);
+            ds.iter_mut().for_each(|ds| *ds *= self.s);
+        }
+    }
+}
+
+/// sums[r,k] += Σ_m s[m,r] · x[m,k] for the columns of one task.
+struct Outer<'a> {
+    /// From the first row's first column of the task on.
+    x: &'a [f32],
+    ldx: usize,
+    s: &'a [f32],
+    r: usize,
+    sums: &'a mut [f32],
+}
+
+impl Body for Outer<'_> {
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        skinny::add_outer::<V>(self.x, self.ldx, self.s, self.r, self.sums);
     }
 }

@@ -1,14 +1,13 @@
-//! `lora_shrink`: `S[M,R] = x[M,K] · A[R,K]ᵀ`, an adapter's first half: tokens into its low rank   Hu et al. 2021, arXiv
-//! 2106.09685
+//! `lora_shrink`: `S[M,R] = x[M,K] · A[R,K]ᵀ`, an adapter's first half            Hu et al. 2021, arXiv 2106.09685
 //!
-//! With `IDS` = 0 there is one adapter, and A `[T,K]` is its matrix, T = R; `adapter` and `rows` are empty and L is 0. With
-//! `IDS` = 1 each row names its own, so that one launch serves a batch of many (Chen et al. 2023, arXiv 2310.18547): A holds
-//! the matrices of L adapters, one below the other, each with its true rank; those of adapter l are rows
-//! `rows[l,0]..rows[l,1]` of A, at most R of them, `rows[l,1]` ≤ T; token m uses adapter `adapter[m]`. Columns of S past an
-//! adapter's rank are zero, and so is the whole row where `adapter[m]` is −1 or no index below L.
+//! With `IDS` = 0 there is one adapter, and A `[T,K]` is its matrix, T = R; `adapter` and `rows` are empty and L is 0.
+//! With `IDS` = 1 each row names its own, so that one launch serves a batch of many (Chen et al. 2023, arXiv
+//! 2310.18547): A holds the matrices of L adapters, one below the other, each with its true rank; those of adapter l
+//! are rows `rows[l,0]..rows[l,1]` of A, at most R of them, `rows[l,1]` ≤ T; token m uses adapter `adapter[m]`. Columns
+//! of S past an adapter's rank are zero, and so is the whole row where `adapter[m]` is −1 or no index below L.
 
-use super::simd;
-use super::vector::{for_simd, Body, Vector, LANES};
+use super::vector::{for_simd, Body, Vector};
+use super::{simd, skinny};
 use crate::op::*;
 use crate::tensor::{Dtype, HostTensor};
 use rand::RngExt;
@@ -124,7 +123,7 @@ fn naive(d: &Dims, args: &mut [Slice<'_>]) {
     }
 }
 
-/// CPU: tokens in parallel, eight rows of A at a time.
+/// CPU: tokens in parallel.
 fn rows(d: &Dims, args: &mut [Slice<'_>], simd: Simd) {
     let (k, r) = (d["K"], d["R"]);
     let [x, a, adapter, rows, s] = args else { unreachable!("five arguments") };
@@ -159,33 +158,7 @@ impl Body for Shrink<'_> {
             let a = &self.a[of_token.start * self.k..of_token.end * self.k];
             let (used, unused) = s.split_at_mut(of_token.len());
             unused.fill(0.0);
-            let (eights, ones) = used.as_chunks_mut::<8>();
-            let split = eights.len() * 8 * self.k;
-            for (s, a) in eights.iter_mut().zip(a[..split].chunks_exact(8 * self.k)) {
-                *s = dots::<V, 8>(x, a);
-            }
-            for (s, a) in ones.iter_mut().zip(a[split..].chunks_exact(self.k)) {
-                [*s] = dots::<V, 1>(x, a);
-            }
+            skinny::dots::<V>(x, a, used);
         }
     }
-}
-
-/// x · aᵀ for T rows of A.
-#[inline(always)]
-fn dots<V: Vector, const T: usize>(x: &[f32], a: &[f32]) -> [f32; T] {
-    let k = x.len();
-    let rows: [&[f32]; T] = std::array::from_fn(|t| &a[t * k..(t + 1) * k]);
-    let mut sums = [V::splat(0.0); T];
-    let vectors = k / LANES * LANES;
-    for i in (0..vectors).step_by(LANES) {
-        let x = V::load(&x[i..]);
-        for t in 0..T {
-            sums[t] = x.mul_add(V::load(&rows[t][i..]), sums[t]);
-        }
-    }
-    std::array::from_fn(|t| {
-        let tail: f32 = x[vectors..].iter().zip(&rows[t][vectors..]).map(|(x, a)| x * a).sum();
-        sums[t].sum() + tail
-    })
 }

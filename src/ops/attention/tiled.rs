@@ -6,10 +6,11 @@
 //!    read where they lie, each number once for W lanes, and softmax needs no sum across a vector.
 //! 3. Keys come in blocks of KEYS with a running largest score and sum (Milakov & Gimelshein 2018, arXiv 1805.02867;
 //!    Dao et al. 2022, arXiv 2205.14135), so that a block's scores stay in L1.
-//! 4. Both products, scores and results, are one loop over registers: [`accumulate`].
+//! 4. Both products, scores and results, are one loop over registers: `accumulate`.
 //! 5. Spans are compared with keys only in blocks where one begins or ends.
 
 use crate::op::{Dims, Slice};
+use crate::ops::lanes::{accumulate, Lanes};
 use crate::ops::simd;
 use rayon::prelude::*;
 
@@ -27,11 +28,6 @@ pub(super) struct Problem<'a> {
     v: &'a [f32],
     span: &'a [[u32; 2]],
 }
-
-/// One value for each lane, on cache lines of its own: a vector load that straddles two costs double.
-#[derive(Clone, Copy)]
-#[repr(align(64))]
-struct Lanes<const W: usize>([f32; W]);
 
 /// One task's memory.
 pub(super) struct Scratch<const W: usize> {
@@ -210,42 +206,6 @@ fn attend<const W: usize, const R: usize, const FMA: bool>(
     for y in y.iter_mut() {
         for (y, total) in y.0.iter_mut().zip(&total) {
             *y = if *total == 0.0 { 0.0 } else { *y / total };
-        }
-    }
-}
-
-/// out[r] += Σ_i a[i·step_i + r·step_r] · x[i], vectors of W lanes, R of them at a time in registers.
-#[inline(always)]
-fn accumulate<const W: usize, const R: usize, const FMA: bool>(
-    a: &[f32],
-    step_i: usize,
-    step_r: usize,
-    x: &[Lanes<W>],
-    out: &mut [Lanes<W>],
-) {
-    assert!(!x.is_empty() && (x.len() - 1) * step_i + (out.len() - 1) * step_r < a.len());
-    // SAFETY: i < x.len() and r < out.len(), so the index is at most the one just compared with a.len().
-    let a = |i: usize, r: usize| unsafe { *a.get_unchecked(i * step_i + r * step_r) };
-
-    let (tiles, rest) = out.as_chunks_mut::<R>();
-    let done = tiles.len() * R;
-    for (t, tile) in tiles.iter_mut().enumerate() {
-        let mut sums = *tile;
-        for (i, x) in x.iter().enumerate() {
-            for (r, sums) in sums.iter_mut().enumerate() {
-                let a = a(i, t * R + r);
-                for (sum, x) in sums.0.iter_mut().zip(&x.0) {
-                    *sum = simd::mul_add::<FMA>(a, *x, *sum);
-                }
-            }
-        }
-        *tile = sums;
-    }
-    for (r, row) in (done..).zip(rest) {
-        for (i, x) in x.iter().enumerate() {
-            for (sum, x) in row.0.iter_mut().zip(&x.0) {
-                *sum = simd::mul_add::<FMA>(a(i, r), *x, *sum);
-            }
         }
     }
 }
