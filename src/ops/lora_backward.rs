@@ -88,7 +88,7 @@ const CPU: &[Kernel] = &[
     rust("lora_backward_f32_blocked_avx2", |d, args| blocked(d, args, Simd::Avx2), has_avx2),
     rust("lora_backward_f32_blocked_avx512", |d, args| blocked(d, args, Simd::Avx512), has_avx512),
 ];
-const PTX: &[Kernel] = &[];
+const PTX: &[Kernel] = &[ptx!("lora_backward_f32_block", tokens_then_columns, always)];
 const WGSL: &[Kernel] = &[];
 
 const CPU_A: &[Kernel] = &[
@@ -97,8 +97,19 @@ const CPU_A: &[Kernel] = &[
     rust("lora_backward_a_f32_columns_avx2", |d, args| columns(d, args, Simd::Avx2), has_avx2),
     rust("lora_backward_a_f32_columns_avx512", |d, args| columns(d, args, Simd::Avx512), has_avx512),
 ];
-const PTX_A: &[Kernel] = &[];
+const PTX_A: &[Kernel] = &[ptx!("lora_backward_a_f32_block", columns_a_block, always)];
 const WGSL_A: &[Kernel] = &[];
+
+/// Blocks of 256 threads, each eight ranks of eight tokens of dS, then of 32 columns of dB.
+fn tokens_then_columns(d: &Dims) -> Launch {
+    let blocks = d["M"].div_ceil(8) + d["N"].div_ceil(32);
+    Launch { grid: [blocks as u32, d["R"].div_ceil(8) as u32, 1], block: [256, 1, 1], shared_bytes: 0 }
+}
+
+/// Blocks of 256 threads, each eight ranks of 32 columns.
+fn columns_a_block(d: &Dims) -> Launch {
+    Launch { grid: [d["K"].div_ceil(32) as u32, d["R"].div_ceil(8) as u32, 1], block: [256, 1, 1], shared_bytes: 0 }
+}
 
 /// The definition in f64.
 fn oracle(d: &Dims, args: &[HostTensor]) -> Vec<Expected> {

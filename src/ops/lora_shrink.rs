@@ -59,7 +59,12 @@ const CPU: &[Kernel] = &[
     rust("lora_shrink_f32_rows_avx512", |d, args| rows(d, args, Simd::Avx512), has_avx512),
 ];
 
-const PTX: &[Kernel] = &[];
+const PTX: &[Kernel] = &[ptx!("lora_shrink_f32_warp", four_tokens_a_block, always)];
+
+/// A block of 128 threads holds four warps, each warp a token and eight ranks.
+fn four_tokens_a_block(d: &Dims) -> Launch {
+    Launch { grid: [d["M"].div_ceil(4) as u32, d["R"].div_ceil(8) as u32, 1], block: [128, 1, 1], shared_bytes: 0 }
+}
 
 const WGSL: &[Kernel] = &[];
 
