@@ -9,12 +9,13 @@
 //!                      dk_c = scale · Σ_m ds_c q_m,  dv_c = Σ_m p_c dy_m          over the rows and heads that see c
 //! ```
 //!
-//! So no probabilities are kept from the forward pass, and none are ever written (Dao 2023, arXiv 2307.08691): with the two
-//! numbers of `stats` a block of query rows and a block of keys can be taken up alone, which is how a device makes dq in one
-//! set of blocks and dk and dv in another, each element by one block, in order, with no atomic additions.
+//! So no probabilities are kept from the forward pass, and none are ever written (Dao 2023, arXiv 2307.08691): with the
+//! two numbers of `stats` a block of query rows and a block of keys can be taken up alone, which is how a device makes
+//! dq in one set of blocks and dk and dv in another, each element by one block, in order, with no atomic additions.
 //!
-//! Masks are spans, as in `attention`: row m sees the rows `span[m,0]..span[m,1]` of k and v. An empty span has lse 0 and dq
-//! 0; a key that no row sees has dk = dv = 0. Query head h reads key head h/(H/KV), whose dk and dv are sums over its heads.
+//! Masks are spans, as in `attention`: row m sees the rows `span[m,0]..span[m,1]` of k and v. An empty span has lse 0
+//! and dq 0; a key that no row sees has dk = dv = 0. Query head h reads key head h/(H/KV), whose dk and dv are sums
+//! over its heads.
 
 mod blocked;
 
@@ -49,9 +50,10 @@ pub static ATTENTION_STATS: OpSpec = OpSpec {
     tolerance: Tolerance {
         roundings: |d| (d["D"] as f64).sqrt() + (d["C"] as f64).sqrt() + 8.0,
         nmse: 1e-11,
-        why: "a score errs by sqrt(D) independent roundings of scale · Σ|q k|, and minus the largest score by one of the \
-              difference: relative errors of its exp. Relative errors of the sum are errors of its logarithm, and the \
-              sum over C adds sqrt(C) roundings; exp's and ln's own and the last sum are the rest. delta is a dot product",
+        why: "a score errs by sqrt(D) independent roundings of scale · Σ|q k|, and minus the largest score by one of \
+              the difference: relative errors of its exp. Relative errors of the sum are errors of its logarithm, and \
+              the sum over C adds sqrt(C) roundings; exp's and ln's own and the last sum are the rest. delta is a dot \
+              product",
     },
     cases: CASES,
     kernels: &[STATS_CPU, STATS_PTX, STATS_WGSL],

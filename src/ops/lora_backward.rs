@@ -3,8 +3,8 @@
 //! - `lora_backward`: `dS[M,R] = s · dy[M,N] · B[N,R]` and `dB[N,R] = s · dyᵀ[N,M] · S[M,R] (+ dB)`, which both read dy
 //! - `lora_backward_a`: `dA[R,K] = dSᵀ[R,M] · x[M,K] (+ dA)`
 //!
-//! dy is columns Y0..Y0+N of a matrix `[M,LDY]`. With `ACC` = 1 the gradients of the weights are added to what dB and dA
-//! hold, as accumulation over microbatches wants; with 0 the old values are never read. dS is always written.
+//! dy is columns Y0..Y0+N of a matrix `[M,LDY]`. With `ACC` = 1 the gradients of the weights are added to what dB and
+//! dA hold, as accumulation over microbatches wants; with 0 the old values are never read. dS is always written.
 //!
 //! Sums have one order: a kernel may cut M or N into parts, never by the number of its threads, and adds the parts in
 //! order, with no atomic additions. So a step gives the same bits every time.
@@ -177,8 +177,8 @@ const BLOCK: usize = 1 << 18;
 /// Columns of dy or x whose sums over all rows are one task's.
 const COLUMNS: usize = 128;
 
-/// CPU: a block of dy's rows after another, read once: for dS its rows side by side, for dB its columns. dB's sums lie as
-/// [COLUMNS of N][R][COLUMNS] until the end, so that dy's columns are vectors; each runs over all rows in order.
+/// CPU: a block of dy's rows after another, read once: for dS its rows side by side, for dB its columns. dB's sums lie
+/// as [COLUMNS of N][R][COLUMNS] until the end, so that dy's columns are vectors; each runs over all rows in order.
 fn blocked(d: &Dims, args: &mut [Slice<'_>], simd: Simd) {
     let (m, n, r, ldy, y0, s) = (d["M"], d["N"], d["R"], d["LDY"], d["Y0"], d.scalar("s"));
     let [dy, b, lora_s, ds, db] = args else { unreachable!("five arguments") };

@@ -1,11 +1,10 @@
-//! `lora_shrink`: `S[M,R] = x[M,K] · A[R,K]ᵀ`, an adapter's first half: tokens into its low rank   Hu et al. 2021, arXiv
-//! 2106.09685
+//! `lora_shrink`: `S[M,R] = x[M,K] · A[R,K]ᵀ`, an adapter's first half            Hu et al. 2021, arXiv 2106.09685
 //!
-//! With `IDS` = 0 there is one adapter, and A `[T,K]` is its matrix, T = R; `adapter` and `rows` are empty and L is 0. With
-//! `IDS` = 1 each row names its own, so that one launch serves a batch of many (Chen et al. 2023, arXiv 2310.18547): A holds
-//! the matrices of L adapters, one below the other, each with its true rank; those of adapter l are rows
-//! `rows[l,0]..rows[l,1]` of A, at most R of them, `rows[l,1]` ≤ T; token m uses adapter `adapter[m]`. Columns of S past an
-//! adapter's rank are zero, and so is the whole row where `adapter[m]` is −1 or no index below L.
+//! With `IDS` = 0 there is one adapter, and A `[T,K]` is its matrix, T = R; `adapter` and `rows` are empty and L is 0.
+//! With `IDS` = 1 each row names its own, so that one launch serves a batch of many (Chen et al. 2023, arXiv
+//! 2310.18547): A holds the matrices of L adapters, one below the other, each with its true rank; those of adapter l
+//! are rows `rows[l,0]..rows[l,1]` of A, at most R of them, `rows[l,1]` ≤ T; token m uses adapter `adapter[m]`. Columns
+//! of S past an adapter's rank are zero, and so is the whole row where `adapter[m]` is −1 or no index below L.
 
 use super::vector::{for_simd, Body, Vector};
 use super::{simd, skinny};
