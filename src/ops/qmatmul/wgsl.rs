@@ -1,8 +1,9 @@
-//! `qmatmul` in WGSL, six rungs a format:
+//! `qmatmul` in WGSL, six rungs a format and one more in q8:
 //!
 //! | variant | idea | for |
 //! | --- | --- | --- |
 //! | `naive` | one output an invocation | reading |
+//! | `dot4i8` | q8 only: x as three bytes an element, sums of byte products | M ≤ 8, where an adapter has the instruction |
 //! | `tiled` | tiles of 64 x 64 outputs, x and decoded W in workgroup memory | many tokens |
 //! | `workgroup` | a row of W is decoded in registers as it streams by; sums meet in workgroup memory | M ≤ 8 |
 //! | `subgroup` | the same; sums meet by subgroupAdd | M ≤ 8 |
@@ -30,7 +31,7 @@ macro_rules! shader {
 
 /// A format's rungs, the scales' file too where there is one.
 macro_rules! kernels {
-    ($name:ident, $word:literal $(, $scales:literal)?) => {
+    ($name:ident, $word:literal $(, $scales:literal)? $(; $own:expr)?) => {
         pub const $name: &[Kernel] = &[
             rung(
                 concat!("qmatmul_", $word, "_naive"),
@@ -44,6 +45,7 @@ macro_rules! kernels {
                 tiles_64x64,
                 many_rows,
             ),
+            $($own,)?
             rung(
                 concat!("qmatmul_", $word, "_workgroup"),
                 &[
@@ -87,7 +89,15 @@ kernels!(KERNELS_F32, "f32");
 kernels!(KERNELS_F16, "f16");
 kernels!(KERNELS_BF16, "bf16");
 kernels!(KERNELS_Q4, "q4", "weights_q4_scales");
-kernels!(KERNELS_Q8, "q8", "weights_q8_scales");
+kernels!(
+    KERNELS_Q8, "q8", "weights_q8_scales";
+    rung(
+        "qmatmul_q8_dot4i8",
+        &[shader!("qmatmul_q8_dot4i8"), shader!("weights_q8_scales"), TAIL],
+        sixteen_rows_with_bytes,
+        few_rows,
+    )
+);
 kernels!(KERNELS_NF4, "nf4", "weights_nf4_scales");
 kernels!(KERNELS_NF4DQ, "nf4dq", "weights_nf4dq_scales");
 
@@ -134,6 +144,10 @@ fn tiles_64x16(d: &Dims) -> Launch {
 
 fn sixteen_rows(d: &Dims) -> Launch {
     launch([d["N"].div_ceil(16), 1], 64, 0)
+}
+
+fn sixteen_rows_with_bytes(d: &Dims) -> Launch {
+    Launch { shared_bytes: 4608, ..sixteen_rows(d) }
 }
 
 fn sixteen_rows_with_tree(d: &Dims) -> Launch {
