@@ -433,6 +433,7 @@ impl Finetune {
                 "truncated": set.notes.truncated_count, "duplicates": set.notes.duplicate_count })
         };
         let about = json!({
+            "flags": std::env::args().skip(1).collect::<Vec<_>>(),
             "model": self.model.model.display().to_string(),
             "data": set(&self.data, train),
             "eval_data": self.eval_data.as_ref().zip(held_out).map(|(path, held)| set(path, held)),
