@@ -1,6 +1,9 @@
 //! What the fast PTX rungs of `qmatmul` and `qmatmul_t` move, and how: counts by the executor, exact on any machine.
 //! A kernel that reads a weight twice, wastes part of a sector or lets lanes wait for a shared-memory bank fails here.
 
+#[path = "counts/attention.rs"]
+mod attention;
+
 use handmill::op::{Dims, Kernel, Launch, OpSpec, Source};
 use handmill::verify;
 use ptx_sim::{launch, BufferCount, Counts, Memory, Module, Options, Param};

@@ -285,6 +285,7 @@ fn shaders_are_what_their_headers_say() {
         simd: Simd::Portable,
         sm: 0,
         software: false,
+        coopmat: true,
         f16: true,
         subgroup: (32, 32),
         shared_bytes: 32 << 10,

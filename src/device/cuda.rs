@@ -261,6 +261,7 @@ impl Cuda {
             simd: Simd::Portable,
             sm: facts.sm,
             software: false,
+            coopmat: false,
             f16: true,
             subgroup: (32, 32),
             shared_bytes: facts.shared,

@@ -144,8 +144,8 @@ impl Linear {
         self.queue(device, x, None, y, m)
     }
 
-    /// Queues y[m, n] = x[m, k]·Wᵀ + bias, and its adapter's term where there is one. `shrunk` has room for f32[m, r] and
-    /// keeps x·Aᵀ.
+    /// Queues y[m, n] = x[m, k]·Wᵀ + bias, and its adapter's term where there is one. `shrunk` has room for f32[m, r]
+    /// and keeps x·Aᵀ.
     pub fn apply_adapted(
         &self,
         device: &dyn Device,

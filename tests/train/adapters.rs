@@ -257,6 +257,25 @@ fn a_merged_model_says_what_the_adapter_says() {
     let again = tool_json(&["generate", "--model", &out, "--prompt", "abc", "--max-tokens", "4", "--json"]);
     assert_eq!(generated["ids"], again["ids"]);
 
+    let line = base.replace("base", "line.txt");
+    std::fs::write(&line, "a mill grinds grain: 1, 2, 3").unwrap();
+    let nll = |more: &[&str]| {
+        let report = tool_json(&[&["eval", "--text", &line, "--json"], more].concat());
+        report["mean_nll"].as_f64().unwrap()
+    };
+    let (beside, within) = (nll(&["--model", &base, "--adapter", &peft]), nll(&["--model", &out]));
+    assert!((beside - within).abs() < 1e-5, "{beside} beside the weights, {within} in them");
+    assert!((beside - nll(&["--model", &base])).abs() > 1e-3, "the adapter changes something");
+
+    // Into a quantized model: what is written is exact, and what quantizing it again would cost is told.
+    let (nf4, merged) = (base.replace("base", "nf4"), base.replace("base", "nf4-merged"));
+    tool_json(&["quantize", "--model", &base, "--format", "nf4", "--out", &nf4, "--json"]);
+    let report = tool_json(&["adapter", "merge", "--model", &nf4, "--adapter", &peft, "--out", &merged, "--json"]);
+    assert!(report["max_logit_diff"].as_f64().unwrap() < 1e-4, "{report}");
+    assert_eq!(report["requantized"]["format"], "nf4");
+    let again = report["requantized"]["kl_mean"].as_f64().unwrap();
+    assert!(again > report["kl_mean"].as_f64().unwrap() && again < 1.0, "{report}");
+
     // From an adapter's directory there is no way into another model, nor over the base.
     let wrong = handmill(&["adapter", "merge", "--model", &base, "--adapter", &peft, "--out", &base]);
     assert!(wrong.code == 1 && wrong.stderr.contains("holds the model itself"), "{}", wrong.stderr);

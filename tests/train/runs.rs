@@ -115,8 +115,17 @@ fn a_run_learns_and_leaves_its_files() {
         assert_eq!(line.get("eval_loss").is_some(), (i + 1) % 10 == 0, "{line}");
     }
     let run: Value = serde_json::from_slice(&fs::read(place.path("out/run.json")).unwrap()).unwrap();
-    for key in ["seed", "base_sha256", "data_sha256", "prepared_sha256", "versions", "schedule", "device", "parameters"]
-    {
+    for key in [
+        "seed",
+        "base_sha256",
+        "data_sha256",
+        "prepared_sha256",
+        "flags",
+        "versions",
+        "schedule",
+        "device",
+        "parameters",
+    ] {
         assert!(!run[key].is_null(), "no {key} in {run}");
     }
     assert_eq!(run["adapter_sha256"], report["adapter_sha256"]);

@@ -1,12 +1,12 @@
 //! `qmatmul_t`: `dx[M,K] = dy[M,N] · deq(W[N,K]) + dS[M,R] · A[R,K] (+ dx[M,K])`, the gradient that flows back through
 //! frozen packed weights and their adapter
 //!
-//! One spec for each weight format, with the arguments that hold W as in `qmatmul`. The sum runs over the rows of W, while
-//! its scales lie along K: a kernel decodes a panel of W and multiplies, and W never exists whole.
+//! One spec for each weight format, with the arguments that hold W as in `qmatmul`. The sum runs over the rows of W,
+//! while its scales lie along K: a kernel decodes a panel of W and multiplies, and W never exists whole.
 //!
-//! dy is columns Y0..Y0+N of a matrix `[M,LDY]`. With `ACC` = 1 the result is added to dx, which is how several terms meet
-//! in one dx, one launch after another and so in an order: q, k and v of one input, gate and up, the shards of one W. With
-//! `ACC` = 0 dx is written and its old value never read. `R` may be 0: `ds` and `a` are then empty.
+//! dy is columns Y0..Y0+N of a matrix `[M,LDY]`. With `ACC` = 1 the result is added to dx, which is how several terms
+//! meet in one dx, one launch after another and so in an order: q, k and v of one input, gate and up, the shards of one
+//! W. With `ACC` = 0 dx is written and its old value never read. `R` may be 0: `ds` and `lora_a` are then empty.
 //!
 //! dS = s·dy·B is `lora_backward`'s. With dropout on the adapter's input its term passes the mask first: give this op
 //! R = 0, make dS·A by a second launch in f32 with A in the place of W, and add it by `dropout`.
@@ -32,8 +32,8 @@ const TOLERANCE: Tolerance = Tolerance {
     roundings: |d| ((d["N"] + d["R"]) as f64).sqrt() + 6.0,
     nmse: 1e-11,
     why: "N + R products are summed and their roundings, independent of each other, grow with sqrt(N + R); decoding a \
-          weight takes two more, a group's scale two, the low-rank term and what dx held before one each. An affine weight \
-          counts with |scale·code| + |min|, since a kernel may sum the two parts apart",
+          weight takes two more, a group's scale two, the low-rank term and what dx held before one each. An affine \
+          weight counts with |scale·code| + |min|, since a kernel may sum the two parts apart",
 };
 
 // Dims of the cases: M, N, K, LDY, Y0, R, ACC, then the format's.
