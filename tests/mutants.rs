@@ -20,7 +20,7 @@ const A_KERNEL: usize = 14;
 /// Instructions that one warp may run: a mutant that never ends is caught by this.
 const STEPS: u64 = 1 << 16;
 /// Cases beyond this many operations are left out, but for each kernel's smallest two.
-const FLOPS: u64 = 2_000_000;
+const FLOPS: u64 = 20_000_000;
 /// Small shapes beside an op's cases, where those that tell a mistake are large: each op's id, and its dims.
 const SHAPES: &[(&str, &[&[usize]])] = &[
     ("adamw_f32", &[&[2, 1], &[3, 1], &[4, 1], &[1025, 1]]),
