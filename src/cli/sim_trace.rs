@@ -53,15 +53,11 @@ fn values(result: &Traced, lanes: u32, args: &[Named]) -> String {
     }
     let step = ran[1].wrapping_sub(first);
     let last = ran[ran.len() - 1];
-    if !result.ty.starts_with(['f', 'b']) || result.ty == "b64" {
-        if ran.windows(2).all(|pair| pair[1].wrapping_sub(pair[0]) == step) && ran.len() > 2 {
-            return format!(
-                "{}, {} .. {}",
-                value(result.ty, first, args),
-                value(result.ty, ran[1], args),
-                value(result.ty, last, args)
-            );
-        }
+    let counts = !result.ty.starts_with(['f', 'b']) || result.ty == "b64";
+    let even = ran.windows(2).all(|pair| pair[1].wrapping_sub(pair[0]) == step);
+    if counts && even && ran.len() > 2 {
+        let [first, second, last] = [first, ran[1], last].map(|bits| value(result.ty, bits, args));
+        return format!("{first}, {second} .. {last}");
     }
     let shown: Vec<_> = ran.iter().take(LANES).map(|&bits| value(result.ty, bits, args)).collect();
     let more = if ran.len() > LANES { " .." } else { "" };
