@@ -349,13 +349,14 @@ impl Seen<'_> {
 
     fn print_mix(&self, out: &mut impl Write) -> Result<()> {
         let counts = &self.ran.report.counts;
+        let mix = counts.mix();
+        let wide = mix.iter().take(SHOWN).map(|m| m.0.len()).max().unwrap_or(0).max(28);
         let (threads, warps) = (counts.thread_instructions, counts.warp_instructions);
         let lanes = threads as f64 / warps.max(1) as f64;
-        writeln!(out, "\n{:<28} {:>14} {:>14} {:>6} {:>6}", "instructions", "warps", "threads", "lanes", "share")?;
-        let mix = counts.mix();
+        writeln!(out, "\n{:<wide$} {:>14} {:>14} {:>6} {:>6}", "instructions", "warps", "threads", "lanes", "share")?;
         let row = |name: &str, w: u64, t: u64| {
             let (lanes, share) = (t as f64 / w.max(1) as f64, 100.0 * t as f64 / threads.max(1) as f64);
-            format!("{name:<28} {:>14} {:>14} {lanes:>6.1} {share:>5.1}%", grouped(w), grouped(t))
+            format!("{name:<wide$} {:>14} {:>14} {lanes:>6.1} {share:>5.1}%", grouped(w), grouped(t))
         };
         for (name, w, t) in mix.iter().take(SHOWN) {
             writeln!(out, "{}", row(name, *w, *t))?;
@@ -364,7 +365,7 @@ impl Seen<'_> {
             let rest = mix[SHOWN..].iter().fold((0, 0), |sum, m| (sum.0 + m.1, sum.1 + m.2));
             writeln!(out, "{}", row(&format!("{} others", mix.len() - SHOWN), rest.0, rest.1))?;
         }
-        Ok(writeln!(out, "{:<28} {:>14} {:>14} {lanes:>6.1}", "all", grouped(warps), grouped(threads))?)
+        Ok(writeln!(out, "{:<wide$} {:>14} {:>14} {lanes:>6.1}", "all", grouped(warps), grouped(threads))?)
     }
 
     /// Requests, sectors and waves; then the lines they come from, the costliest first.
