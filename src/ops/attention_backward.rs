@@ -115,7 +115,7 @@ const STATS_CPU: &[Kernel] = &[
     rust("attention_stats_f32_blocked_avx512", |d, args| blocked::stats(d, args, blocked::stats_avx512), has_avx512),
 ];
 const STATS_PTX: &[Kernel] = &[];
-const STATS_WGSL: &[Kernel] = &[];
+const STATS_WGSL: &[Kernel] = &[wgsl!("attention_stats_f32_workgroup" + "exact", |d| heads(d, d["M"], 512), always)];
 
 const CPU: &[Kernel] = &[
     rust("attention_backward_f32_naive", naive, always),
@@ -126,7 +126,13 @@ const CPU: &[Kernel] = &[
     rust("attention_backward_f32_blocked_avx512", |d, args| blocked::backward(d, args, blocked::avx512), has_avx512),
 ];
 const PTX: &[Kernel] = &[];
-const WGSL: &[Kernel] = &[];
+const WGSL: &[Kernel] =
+    &[wgsl!("attention_backward_f32_workgroup" + "exact", |d| heads(d, d["M"] + d["C"], 1024), always)];
+
+/// A group of 64 invocations for each head of so many rows.
+fn heads(d: &Dims, rows: usize, shared_bytes: u32) -> Launch {
+    Launch { grid: [d["H"] as u32, rows as u32, 1], block: [64, 1, 1], shared_bytes }
+}
 
 /// Pairs of a query row and a key, times H·D, as `attention` counts them.
 fn pairs(d: &Dims) -> u64 {
