@@ -1,6 +1,6 @@
 // attention_f32_tiled: y[m,h] = softmax(scale·q[m,h]·kᵀ)·v over span[m]     contract: src/ops/attention.rs
 // grid   ceil(M/32), H, ceil(D/64)     block 64 = 8 x 8, each 4 rows and 4 keys, then 4 rows and 8 columns
-// smem   22536 B          features none
+// smem   22544 B          features none
 // reads  4MHD + 8MHCD/32 B      writes 4MHD B       bound: arithmetic
 // idea   32 rows meet 32 keys in workgroup memory; scores and sums stay in named vectors over rows, as arrays in
 //        registers would go to memory; the largest score and the sums run on from tile to tile
@@ -26,6 +26,7 @@ var<workgroup> weights: array<vec4<f32>, 256>;                          // [TILE
 var<workgroup> largest_of: array<vec4<f32>, 64>;                        // [8][8], the same
 var<workgroup> lowest: atomic<u32>;                                     // the rows' spans lie in lowest..highest
 var<workgroup> highest: atomic<u32>;
+var<workgroup> bounds: vec2<u32>;                                       // the same, one value for all invocations
 
 /// Weights of one key: 0 for the rows that do not see it.
 fn weigh(score: vec4<f32>, largest: vec4<f32>, seen: vec4<bool>) -> vec4<f32> {
@@ -65,8 +66,12 @@ fn attention_f32_tiled(
         }
     }
     workgroupBarrier();
-    let first = atomicLoad(&lowest);
-    let last = atomicLoad(&highest);
+    if lane == 0u {
+        bounds = vec2(atomicLoad(&lowest), atomicLoad(&highest));
+    }
+    let seen = workgroupUniformLoad(&bounds);
+    let first = seen.x;
+    let last = seen.y;
     let m = vec4<u32>(0u, 8u, 16u, 24u) + vec4(m0 + ty);
     let at = min(m, vec4(p.M - 1u)) * 2u;                               // rows beyond the last are copies of it
     let begin = vec4(span[at.x], span[at.y], span[at.z], span[at.w]);

@@ -355,6 +355,8 @@ pub struct Caps {
     pub software: bool,
     /// f16 arithmetic in shaders.
     pub f16: bool,
+    /// Products of matrices of 16 x 16 by a subgroup, f16 in and f32 out (wgpu).
+    pub coopmat: bool,
     /// Smallest and largest subgroup (wgpu), or (0, 0) without them.
     pub subgroup: (u32, u32),
     /// Workgroup or shared memory of a block in bytes.

@@ -117,6 +117,25 @@ fn verify_prints_a_line_a_check() {
 }
 
 #[test]
+fn verify_runs_on_an_adapter_where_there_is_one() {
+    let adapter = handmill::device::wgpu::list().into_iter().next();
+    let run = handmill(&["verify", "--device", "wgpu", "--op", "add"]);
+    match adapter {
+        Some(adapter) => {
+            assert_eq!(run.code, 0, "{}", run.stderr);
+            assert!(run.stdout.contains(&adapter.name) && run.stdout.contains("add_f32_vec4"), "{}", run.stdout);
+            // What it cannot be given is said in words.
+            let run = handmill(&["verify", "--device", "wgpu:99", "--op", "add"]);
+            assert!(run.code == 1 && run.stderr.contains("there is no such adapter"), "{}", run.stderr);
+        }
+        None => {
+            assert!(run.code == 1 && run.stderr.contains("no adapter found"), "{}", run.stderr);
+            assert!(std::env::var_os("HANDMILL_REQUIRE_WGPU").is_none(), "{}", run.stderr);
+        }
+    }
+}
+
+#[test]
 fn generate_is_deterministic_and_lean() {
     let model = smollm2();
     let args = ["generate", "--model", &model, "--prompt", "The capital of France is", "--max-tokens", "12", "--json"];

@@ -1,8 +1,11 @@
-//! What the fast PTX rungs of `qmatmul` move, and how: counts by the executor, exact on any machine. A kernel that reads
-//! a weight twice, wastes part of a sector or lets lanes wait for a shared-memory bank fails here.
+//! What the fast PTX rungs of `qmatmul` and `qmatmul_t` move, and how: counts by the executor, exact on any machine.
+//! A kernel that reads a weight twice, wastes part of a sector or lets lanes wait for a shared-memory bank fails here.
+
+#[path = "counts/attention.rs"]
+mod attention;
 
 use handmill::op::{Dims, Kernel, Launch, OpSpec, Source};
-use handmill::{ops::OPS, verify};
+use handmill::verify;
 use ptx_sim::{launch, BufferCount, Counts, Memory, Module, Options, Param};
 
 /// N and K of SmolLM2-135M's down projection.
@@ -19,16 +22,16 @@ struct Counted {
     counts: Counts,
 }
 
-/// Runs `qmatmul_<format>_<variant>` once on M rows; groups of 32 and f16 scales, as GGUF files have them.
-fn count(format: &str, variant: &str, m: usize) -> Counted {
-    let spec: &'static OpSpec =
-        OPS.iter().find(|s| s.name == "qmatmul" && s.format == format).expect("a format of qmatmul");
-    let stem = format!("qmatmul_{format}_{variant}");
+/// Runs `<op>_<format>_<variant>` once on M rows; groups of 32 and f16 scales, as GGUF files have them.
+fn count(op: &str, format: &str, variant: &str, m: usize) -> Counted {
+    let spec = handmill::ops::find(op, format);
+    let stem = format!("{op}_{format}_{variant}");
     let kernel = spec.kernels().find(|k| k.stem == stem).expect("a kernel of the table");
+    // Both ops: M, N, K, LDY, Y0, then no bias, no low-rank term, nothing to add to.
     let mut values = vec![m, N, K, N, 0, 0, 0];
     let of_format = &spec.dims[values.len()..];
     values.extend(of_format.iter().map(|dim| if *dim == "G" { 32 } else { 0 }));
-    let dims = spec.dims(&values, &[0.0]);
+    let dims = spec.dims(&values, &vec![0.0; spec.scalars.len()]);
 
     let Source::Ptx(file) = kernel.source else { panic!("{stem} is not in PTX") };
     let module = Module::parse(&file.read().expect("the kernel's file"), file.path).expect("PTX");
@@ -72,7 +75,7 @@ impl Counted {
 fn warp_streams_w_once_up_to_16_rows() {
     for format in ["f32", "f16", "bf16", "q4", "q8", "nf4", "nf4dq"] {
         for m in [1, 16] {
-            let run = count(format, "warp", m);
+            let run = count("qmatmul", format, "warp", m);
             let what = run.what();
 
             // Each byte once, in whole sectors: a request of 32 lanes uses all 32 bytes of each sector it touches.
@@ -104,23 +107,90 @@ fn warp_streams_w_once_up_to_16_rows() {
 
 #[test]
 fn mma_moves_each_tile_once_without_conflicts() {
-    for format in ["q4", "q8", "nf4", "nf4dq"] {
-        for m in [16, 128] {
-            let run = count(format, "mma", m);
-            let what = run.what();
-            let [rows, columns, _] = run.work.grid.map(u64::from);
+    // The op, its activations, its result, the length of its sums.
+    for (op, input, output, sum) in [("qmatmul", "x", "y", K), ("qmatmul_t", "dy", "dx", N)] {
+        for format in ["q4", "q8", "nf4", "nf4dq"] {
+            for m in [16, 128] {
+                let run = count(op, format, "mma", m);
+                let what = run.what();
+                let [rows, columns, _] = run.work.grid.map(u64::from);
 
-            let (bytes, moved) = run.arg(run.streamed());
-            assert_eq!((moved.read, moved.sector_read), (rows * bytes, rows * bytes), "{what}: {}", run.streamed());
-            let (bytes, moved) = run.arg("x");
-            assert_eq!((moved.read, moved.sector_read), (columns * bytes, columns * bytes), "{what}: x");
-            let (bytes, moved) = run.arg("y");
-            assert_eq!((moved.written, moved.sector_written), (bytes, bytes), "{what}: y");
+                // W once for each tile of rows, activations once for each tile of columns, the result once: in whole
+                // sectors.
+                for (name, times) in [(run.streamed(), rows), (input, columns)] {
+                    let (bytes, moved) = run.arg(name);
+                    assert_eq!((moved.read, moved.sector_read), (times * bytes, times * bytes), "{what}: {name}");
+                }
+                let (bytes, moved) = run.arg(output);
+                assert_eq!((moved.written, moved.sector_written), (bytes, bytes), "{what}: {output}");
 
-            // No tensor-core work for rows of x that are not there.
-            let (m, k) = (m as u64, K as u64);
-            assert_eq!(run.counts.mma, m / 16 * (columns * 128 / 8) * (k / 16), "{what}: mma instructions");
-            assert_eq!(run.counts.shared.conflicts, 0, "{what}: waves lost to bank conflicts");
+                // No tensor-core work for rows that are not there.
+                let expected = m as u64 / 16 * (columns * 128 / 8) * (sum as u64 / 16);
+                assert_eq!(run.counts.mma, expected, "{what}: mma instructions");
+                assert_eq!(run.counts.shared.conflicts, 0, "{what}: waves lost to bank conflicts");
+            }
         }
+    }
+}
+
+/// Begins and ends the ladder in the README.
+const MARKS: [&str; 2] = ["<!-- ladder: written by tests/counts.rs -->\n", "<!-- /ladder -->"];
+
+/// A rung's row: what the assembler and the executor say of it.
+fn rung(format: &str, variant: &str, m: usize, resources: &str) -> String {
+    let run = count("qmatmul", format, variant, m);
+    let stem = run.kernel.stem;
+    // | `stem` | threads | registers | ..
+    let of_stem = |line: &&str| line.starts_with(&format!("| `{stem}` |"));
+    let line = resources.lines().find(of_stem).unwrap_or_else(|| panic!("kernels/RESOURCES.md has no {stem}"));
+    let registers = line.split('|').nth(3).expect("its registers").trim();
+
+    let (mut w, mut w_moved) = (0, 0);
+    for name in run.parts_of_w() {
+        let (bytes, moved) = run.arg(name);
+        (w, w_moved) = (w + bytes, w_moved + moved.sector_read);
+    }
+    let (x, x_moved) = run.arg("x");
+    let times = |moved: u64, bytes: u64| moved as f64 / bytes as f64;
+    let counts = &run.counts;
+    let lanes = counts.thread_instructions as f64 / (m * N * K) as f64;
+    format!(
+        "| `{stem}` | {m} | {registers} | {} | {:.2} | {:.0} | {:.1} | {:.0} % | {} | {lanes:.2} |\n",
+        run.work.shared_bytes,
+        times(w_moved, w),
+        times(x_moved.sector_read, x),
+        times(counts.global.sectors, counts.global.requests),
+        100.0 * times(counts.global.bytes, 32 * counts.global.sectors),
+        counts.shared.conflicts,
+    )
+}
+
+/// `HANDMILL_WRITE=1` writes it.
+#[test]
+fn the_readme_has_the_ladder_that_is_counted() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let resources = std::fs::read_to_string(root.join("kernels/RESOURCES.md")).expect("kernels/RESOURCES.md");
+    let mut ladder = String::from(
+        "| rung | M | registers | dynamic shared B | W read, times | x read, times | sectors a request | \
+         of them used | bank conflicts | instructions a multiply-add |\n\
+         | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n",
+    );
+    for (variant, m) in [("naive", 1), ("warp", 1), ("naive", 16), ("warp", 16), ("mma", 16), ("mma", 128)] {
+        ladder += &rung("q4", variant, m, &resources);
+    }
+    for format in ["q8", "nf4", "nf4dq"] {
+        ladder += &rung(format, "warp", 1, &resources);
+        ladder += &rung(format, "mma", 128, &resources);
+    }
+
+    let path = root.join("README.md");
+    let readme = std::fs::read_to_string(&path).expect("README.md");
+    let start = readme.find(MARKS[0]).expect("the ladder's mark") + MARKS[0].len();
+    let end = start + readme[start..].find(MARKS[1]).expect("the ladder's end");
+    if std::env::var_os("HANDMILL_WRITE").is_some() {
+        std::fs::write(&path, format!("{}{ladder}{}", &readme[..start], &readme[end..])).expect("README.md");
+    } else {
+        let hint = "HANDMILL_WRITE=1 cargo test --test counts writes it";
+        assert_eq!(&readme[start..end], ladder, "README.md's ladder is stale; {hint}");
     }
 }

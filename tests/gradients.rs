@@ -1,7 +1,8 @@
 //! What training rests on: every backward op is the derivative of its forward op, and every run gives the same bits.
 //!
-//! Derivatives: the oracles are f64 functions of f32 inputs. Inputs lie on a grid coarse enough that input ± step is exact
-//! in f32, so central differences of the forward oracle, extrapolated once, err by the fifth derivative times step⁴.
+//! Derivatives: the oracles are f64 functions of f32 inputs. Inputs lie on a grid coarse enough that input ± step is
+//! exact in f32, so central differences of the forward oracle, extrapolated once, err by the fifth derivative times
+//! step⁴.
 
 use handmill::device::{cpu::Cpu, Buffer, Device};
 use handmill::op::{Dims, Kernel, OpSpec, Role};

@@ -1,5 +1,5 @@
-//! The header of every GPU kernel says what the table's row does: grid, block and shared memory over all cases; and every
-//! file of `kernels/` and `shaders/` belongs to a row.
+//! The header of every GPU kernel says what the table's row does: grid, block and shared memory over all cases; and
+//! every file of `kernels/` and `shaders/` belongs to a row.
 
 use handmill::device::{ptx_sim::PtxSim, Device};
 use handmill::op::{Caps, DeviceKind, Dims, File, Kernel, OpSpec, Simd, Source};
@@ -285,6 +285,7 @@ fn shaders_are_what_their_headers_say() {
         simd: Simd::Portable,
         sm: 0,
         software: false,
+        coopmat: true,
         f16: true,
         subgroup: (32, 32),
         shared_bytes: 32 << 10,

@@ -45,8 +45,8 @@ struct Info {
 /// Write a model with an adapter added into its weights, and report how far its logits are from the adapter's
 ///
 /// OUT becomes a Hugging Face directory of plain values. With --json: modules, bytes, path, max_logit_diff, kl_mean,
-/// same_top, tokens; where the base is quantized also requantized: {format, max_logit_diff, kl_mean, same_top}, the same
-/// measured after the written weights are quantized as the base's were.
+/// same_top, tokens; where the base is quantized also requantized: {format, max_logit_diff, kl_mean, same_top}, the
+/// same measured after the written weights are quantized as the base's were.
 #[derive(Args)]
 struct Merge {
     #[command(flatten)]
@@ -122,6 +122,7 @@ impl Info {
         });
         let norms: Vec<(&str, f64)> = norms.collect();
         if self.common.json {
+            let norms = norms.iter().map(|(target, norm)| (target.to_string(), json!(norm)));
             return print_json(&json!({
                 "r": config.r,
                 "alpha": config.alpha,
@@ -134,7 +135,7 @@ impl Info {
                 "parameters": adapter.parameters(),
                 "base": config.base,
                 "base_sha256": adapter.base_sha256,
-                "norms": norms.iter().map(|(target, norm)| (target.to_string(), json!(norm))).collect::<serde_json::Map<_, _>>(),
+                "norms": norms.collect::<serde_json::Map<_, _>>(),
             }));
         }
         let mut out = io::stdout();

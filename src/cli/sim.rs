@@ -25,8 +25,8 @@ const SECTOR: u64 = 32;
 
 /// Run one PTX kernel on the CPU, every access checked: what it does, and what is wrong with it
 ///
-/// Dims are those of the op's last case unless --dim says otherwise; a y that is as wide as N stays so. Counts are exact;
-/// there is no timing, for no card is involved. With --json: kernel, case, thread_instructions, warp_instructions, mix,
+/// Dims are those of the op's last case unless --dim says otherwise; a y that is as wide as N stays so. Counts are
+/// exact; there is no timing, for no card is involved. With --json: kernel, case, thread_instructions, warp_instructions, mix,
 /// global_requests, global_sectors, shared_requests, shared_waves, bank_conflicts, mma, flops, arguments, lines, races,
 /// uninitialised_reads, out_of_bounds, findings, registers, shared_bytes, grid, block, least, trace. Exit code 1 when
 /// something is found.

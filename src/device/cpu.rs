@@ -48,6 +48,7 @@ impl Cpu {
             sm: 0,
             software: false,
             f16: false,
+            coopmat: false,
             subgroup: (0, 0),
             shared_bytes: 0,
             max_binding: usize::MAX,

@@ -209,7 +209,8 @@ impl Facts {
         let (major, minor) = (self.sm / 10, self.sm % 10);
         (self.sm < LEAST_SM).then(|| {
             format!(
-                "{} has compute capability {major}.{minor}, and the kernels need 8.0 (Ampere) or later: use another device",
+                "{} has compute capability {major}.{minor}, and the kernels need 8.0 (Ampere) or later: use another \
+                 device",
                 self.name
             )
         })
@@ -260,6 +261,7 @@ impl Cuda {
             simd: Simd::Portable,
             sm: facts.sm,
             software: false,
+            coopmat: false,
             f16: true,
             subgroup: (32, 32),
             shared_bytes: facts.shared,
@@ -290,7 +292,8 @@ impl Cuda {
         let mut reason = describe(error);
         if let Some(stem) = last {
             reason += &format!(
-                ", at or before the launch of {stem}; `handmill verify --device ptx-sim --kernel {stem}` checks each access"
+                ", at or before the launch of {stem}; `handmill verify --device ptx-sim --kernel {stem}` checks each \
+                 access"
             );
         }
         invalid(&self.context.id, reason)
@@ -531,7 +534,8 @@ mod tests {
                    ptxas fatal   : Ptx assembly aborted due to errors\n";
         assert_eq!(
             name_lines(log, "kernels/x.ptx"),
-            "\n  kernels/x.ptx:27: error   : Unknown modifier '.f33'\n  ptxas fatal   : Ptx assembly aborted due to errors"
+            "\n  kernels/x.ptx:27: error   : Unknown modifier '.f33'\n  \
+             ptxas fatal   : Ptx assembly aborted due to errors"
         );
         assert_eq!(name_lines("", "x"), "");
         assert_eq!(name_lines(" in line of duty", "x"), "\n  in line of duty");

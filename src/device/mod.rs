@@ -146,14 +146,19 @@ pub trait Device: Send + Sync {
 
 /// Queues the fastest kernel of `spec` with f32 activations that this device runs.
 pub fn run(device: &dyn Device, spec: &OpSpec, args: &[&Buffer], dims: &Dims) -> Result<()> {
-    match spec.choose(dims, Dtype::F32, device.caps()) {
+    run_as(Dtype::F32, device, spec, args, dims)
+}
+
+/// The same with activations of type `act`.
+pub fn run_as(act: Dtype, device: &dyn Device, spec: &OpSpec, args: &[&Buffer], dims: &Dims) -> Result<()> {
+    match spec.choose(dims, act, device.caps()) {
         Some(kernel) => device.launch(spec, kernel, args, dims),
         None => Err(Error::Unsupported { op: spec.id(), dims: dims.to_string(), device: device.id().to_string() }),
     }
 }
 
-/// Checks a launch against its contract, for every device alike: the number of arguments, that each is large enough, and that no
-/// output shares bytes with another argument.
+/// Checks a launch against its contract, for every device alike: the number of arguments, that each is large enough,
+/// and that no output shares bytes with another argument.
 pub fn check_launch(spec: &OpSpec, kernel: &Kernel, args: &[&Buffer], dims: &Dims) -> Result<()> {
     let invalid = |reason: String| Error::Invalid { what: format!("{} ({dims})", kernel.stem), reason };
     if args.len() != spec.args.len() {

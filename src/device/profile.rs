@@ -1,5 +1,5 @@
-//! A device that notes how long each op takes. Timing waits for each launch, so a device with a queue of its own is slower
-//! while it is watched.
+//! A device that notes how long each op takes. Timing waits for each launch, so a device with a queue of its own is
+//! slower while it is watched.
 
 use std::collections::BTreeMap;
 use std::ops::Range;

@@ -74,6 +74,7 @@ impl PtxSim {
             sm,
             f16: true,
             software: false,
+            coopmat: false,
             subgroup: (32, 32),
             shared_bytes: ptx_sim::shared_limit(sm),
             max_binding: 1 << 32,

@@ -86,6 +86,7 @@ impl Wgpu {
             sm: 0,
             software: adapter::is_software(adapter),
             f16: features.contains(wgpu::Features::SHADER_F16),
+            coopmat: features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX),
             subgroup: if subgroups { (info.subgroup_min_size, info.subgroup_max_size) } else { (0, 0) },
             shared_bytes: limits.max_compute_workgroup_storage_size,
             max_binding: options.max_binding.map_or(limit, |lower| lower.min(limit)) / VIEW_ALIGNMENT * VIEW_ALIGNMENT,

@@ -234,8 +234,9 @@ impl Adapter {
             return Err(Error::file(dir, what));
         }
         let shard = Shard::open(&path)?;
-        // The two halves of each module, whichever comes first.
-        let mut halves: Vec<(usize, usize, [Option<(Vec<usize>, Vec<f32>)>; 2])> = Vec::new();
+        // The two halves of each module, whichever comes first: layer, target, and shape and values of A and B.
+        type Half = Option<(Vec<usize>, Vec<f32>)>;
+        let mut halves: Vec<(usize, usize, [Half; 2])> = Vec::new();
         for stored in &shard.tensors {
             let wrong = |what: String| Error::tensor(&path, &stored.name, what);
             let (layer, target, half) = parse_name(&stored.name).ok_or_else(|| {
@@ -359,8 +360,8 @@ impl Adapter {
         Ok(())
     }
 
-    /// Writes the adapter as one GGUF file for llama.cpp: `general.type` adapter, `adapter.type` lora. Its alpha is that
-    /// of plain LoRA with the same scale, since GGUF has no word for rsLoRA.
+    /// Writes the adapter as one GGUF file for llama.cpp: `general.type` adapter, `adapter.type` lora. Its alpha is
+    /// that of plain LoRA with the same scale, since GGUF has no word for rsLoRA.
     pub fn save_gguf(&self, path: &Path, base: &Config) -> Result<(), Error> {
         self.check(base)?;
         let alpha = f64::from(self.config.scale()) * self.config.r as f64;

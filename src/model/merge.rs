@@ -46,10 +46,10 @@ pub struct Merged {
     pub bytes: u64,
 }
 
-/// Writes `checkpoint` with `adapter` added into the directory `out` as plain values of `format` (f32, f16 or bf16), and
-/// compares logits on the first 256 tokens of
-/// `probe`. `on_progress` is told how many values of how many are written. Errors: an adapter for
-/// another model, an `out` that holds other files or the base itself; `out` is then as it was.
+/// Writes `checkpoint` with `adapter` added into the directory `out` as plain values of `format` (f32, f16 or bf16),
+/// and compares logits on the first 256 tokens of `probe`. `on_progress` is told how many values of how many are
+/// written. Errors: an adapter for another model, an `out` that holds other files or the base itself; `out` is then
+/// as it was.
 pub fn merge(
     device: &Arc<dyn Device>,
     model: &Path,

@@ -24,7 +24,7 @@ use crate::op::{Dims, OpSpec};
 use crate::ops;
 use crate::quant::gguf_blocks::{self, GgmlType};
 use crate::quant::{self, Format, Packed, PartSpec};
-use crate::tensor::{Bytes, HostTensor};
+use crate::tensor::{Bytes, Dtype, HostTensor};
 
 /// How weights are brought to a device.
 #[derive(Clone, Debug, Default)]
@@ -34,6 +34,8 @@ pub struct LoadOptions {
     pub quant: Option<Format>,
     /// Bind at most this many bytes at once, where the device would allow more: weights split into more shards.
     pub max_binding: Option<usize>,
+    /// Round what meets the weights to bf16 where the device multiplies it faster, on tensor cores and for many rows.
+    pub bf16: bool,
     /// Take this many layers, from the first on, as if the model had no more; `None` takes all.
     pub layers: Option<usize>,
 }
@@ -77,8 +79,12 @@ pub struct Linear {
     /// The adapter beside it.
     pub lora: Option<Lora>,
     op: &'static OpSpec,
+    bf16: bool,
     empty: Buffer,
 }
+
+/// Fewest rows for which tensor cores are worth a cast: below, streaming the weights takes all the time.
+const BF16_ROWS: usize = 17;
 
 /// The two factors of an adapter beside a projection: y = x·Wᵀ + bias + scale·(x·Aᵀ)·Bᵀ.
 #[derive(Clone)]
@@ -130,7 +136,7 @@ impl Linear {
     /// A projection without bias by a matrix that is already there, such as a tied embedding.
     pub fn new(device: &dyn Device, matrix: Matrix) -> Result<Linear, Error> {
         let op = ops::find("qmatmul", matrix.format.name());
-        Ok(Linear { matrix, bias: None, lora: None, op, empty: device.alloc(0)? })
+        Ok(Linear { matrix, bias: None, lora: None, op, bf16: false, empty: device.alloc(0)? })
     }
 
     /// Queues y[m, n] = x[m, k]·Wᵀ + bias, whatever adapter is beside it.
@@ -138,8 +144,8 @@ impl Linear {
         self.queue(device, x, None, y, m)
     }
 
-    /// Queues y[m, n] = x[m, k]·Wᵀ + bias, and its adapter's term where there is one. `shrunk` has room for f32[m, r] and
-    /// keeps x·Aᵀ.
+    /// Queues y[m, n] = x[m, k]·Wᵀ + bias, and its adapter's term where there is one. `shrunk` has room for f32[m, r]
+    /// and keeps x·Aᵀ.
     pub fn apply_adapted(
         &self,
         device: &dyn Device,
@@ -165,17 +171,22 @@ impl Linear {
     ) -> Result<(), Error> {
         let Matrix { n, k, format, .. } = self.matrix;
         let op = ops::find("qmatmul_t", format.name());
+        let mut rounded = None;
         for (i, shard) in self.matrix.shards.iter().enumerate() {
             let adapter = adapter.filter(|_| i == 0);
             let r = adapter.map_or(0, |(lora, _)| lora.r);
             let own = [m, shard.n, k, n, shard.y0, r, (add || i > 0) as usize];
             let dims = self.matrix.dims(op, &own, &[]);
             let (ds, a) = adapter.map_or((&self.empty, &self.empty), |(lora, ds)| (ds, &lora.a));
+            if i == 0 {
+                rounded = self.round(device, op, dy, m, n, &dims)?;
+            }
+            let (act, dy) = rounded.as_ref().map_or((Dtype::F32, dy), |dy| (Dtype::BF16, dy));
             let mut args = Vec::with_capacity(10);
             args.push(dy);
             args.extend(&shard.parts);
             args.extend([ds, a, dx]);
-            device::run(device, op, &args, &dims)?;
+            device::run_as(act, device, op, &args, &dims)?;
         }
         Ok(())
     }
@@ -191,18 +202,42 @@ impl Linear {
     ) -> Result<(), Error> {
         let Matrix { n, k, .. } = self.matrix;
         let (r, scale) = adapter.map_or((0, 0.0), |(lora, _)| (lora.r, lora.scale));
+        let mut rounded = None;
         for (i, shard) in self.matrix.shards.iter().enumerate() {
             let own = [m, shard.n, k, n, shard.y0, self.bias.is_some() as usize, r];
             let dims = self.matrix.dims(self.op, &own, &[scale]);
             let bias = self.bias.as_ref().map_or(&self.empty, |bias| &bias[i]);
             let (s, b) = adapter.map_or((&self.empty, &self.empty), |(lora, shrunk)| (shrunk, &lora.b[i]));
+            if i == 0 {
+                rounded = self.round(device, self.op, x, m, k, &dims)?;
+            }
+            let (act, x) = rounded.as_ref().map_or((Dtype::F32, x), |x| (Dtype::BF16, x));
             let mut args = Vec::with_capacity(10);
             args.push(x);
             args.extend(&shard.parts);
             args.extend([bias, s, b, y]);
-            device::run(device, self.op, &args, &dims)?;
+            device::run_as(act, device, self.op, &args, &dims)?;
         }
         Ok(())
+    }
+
+    /// x[m, columns] in bf16, where that is allowed, pays, and `op` has a kernel for it.
+    fn round(
+        &self,
+        device: &dyn Device,
+        op: &OpSpec,
+        x: &Buffer,
+        m: usize,
+        columns: usize,
+        dims: &Dims,
+    ) -> Result<Option<Buffer>, Error> {
+        if !self.bf16 || m < BF16_ROWS || op.choose(dims, Dtype::BF16, device.caps()).is_none() {
+            return Ok(None);
+        }
+        let rounded = device.alloc(2 * m * columns)?;
+        let cast = ops::find("cast", "bf16");
+        device::run(device, cast, &[x, &rounded], &cast.dims(&[m, columns], &[]))?;
+        Ok(Some(rounded))
     }
 }
 
@@ -241,6 +276,7 @@ pub struct Loader<'a> {
     device: &'a dyn Device,
     checkpoint: &'a Checkpoint,
     quant: Option<Format>,
+    bf16: bool,
     max_binding: usize,
 }
 
@@ -249,7 +285,7 @@ impl<'a> Loader<'a> {
     pub fn new(device: &'a dyn Device, checkpoint: &'a Checkpoint, options: &LoadOptions) -> Loader<'a> {
         let limit = device.caps().max_binding;
         let max_binding = options.max_binding.map_or(limit, |lower| lower.min(limit));
-        Loader { device, checkpoint, quant: options.quant, max_binding }
+        Loader { device, checkpoint, quant: options.quant, bf16: options.bf16, max_binding }
     }
 
     /// A vector as f32: a norm's gain or bias.
@@ -261,6 +297,7 @@ impl<'a> Loader<'a> {
     pub fn linear(&self, name: &str, bias: bool, quantize: bool) -> Result<Linear, Error> {
         let quant = self.quant.filter(|_| quantize);
         let mut linear = Linear::new(self.device, self.matrix(&format!("{name}.weight"), quant)?)?;
+        linear.bf16 = self.bf16;
         if bias {
             let values = self.values(&format!("{name}.bias"))?;
             let shards = linear.matrix.shards.iter();

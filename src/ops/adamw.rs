@@ -11,9 +11,9 @@
 //!                p = p − lr·decay · p − lr · (m / bias1) / (sqrt(v / bias2) + eps)
 //! ```
 //!
-//! The norm is left in P parts, which every reader adds up in order: one launch without atomics, no second one for their
-//! sum, and the same bits every time. Gradients of many tensors belong in one buffer; of several buffers each writes parts of
-//! its own into one. [`Settings::scalars`] makes a step's scalars.
+//! The norm is left in P parts, which every reader adds up in order: one launch without atomics, no second one for
+//! their sum, and the same bits every time. Gradients of many tensors belong in one buffer; of several buffers each
+//! writes parts of its own into one. [`Settings::scalars`] makes a step's scalars.
 
 use super::simd;
 use crate::op::*;
@@ -31,16 +31,13 @@ pub static SQUARED_NORM: OpSpec = OpSpec {
     formula: "part[p] = Σ x[i]² over i in p·c..min((p+1)·c, N), c = ceil(N/P)",
     dims: &["N", "P"],
     scalars: &[],
-    args: &[
-        input("x", ArgType::Is(Dtype::F32), &["N"], Fill::Normal),
-        output("part", ArgType::Is(Dtype::F32), &["P"]),
-    ],
+    args: &[input("x", ArgType::Is(Dtype::F32), &["N"], Fill::Normal), output("part", ArgType::Is(Dtype::F32), &["P"])],
     oracle: norm_oracle,
     cost: |d| Cost { flops: 2 * d["N"] as u64, bytes: 4 * (d["N"] + d["P"]) as u64 },
     tolerance: Tolerance {
         roundings: |d| (d["N"].div_ceil(d["P"]) as f64).sqrt() + 2.0,
         nmse: 1e-11,
-        why: "all N/P squares are positive; the roundings of their additions, independent of each other, grow with sqrt(N/P)",
+        why: "all N/P squares are positive; the roundings of their additions, independent, grow with sqrt(N/P)",
     },
     cases: &[
         case(&[1, 1], "the smallest"),
@@ -56,8 +53,8 @@ pub static SQUARED_NORM: OpSpec = OpSpec {
 pub static ADAMW: OpSpec = OpSpec {
     name: "adamw",
     format: "f32",
-    formula: "g *= min(1, max_norm/(sqrt(Σ part) + 1e-6)) where P > 0; m = (1 − rate1)·m + rate1·g; v = (1 − rate2)·v + rate2·g²; \
-              p −= lr·decay·p + lr·(m/bias1)/(sqrt(v/bias2) + eps)",
+    formula: "g *= min(1, max_norm/(sqrt(Σ part) + 1e-6)) where P > 0; m = (1 − rate1)·m + rate1·g; \
+              v = (1 − rate2)·v + rate2·g²; p −= lr·decay·p + lr·(m/bias1)/(sqrt(v/bias2) + eps)",
     dims: &["N", "P"],
     scalars: &["lr", "rate1", "rate2", "eps", "decay", "bias1", "bias2", "max_norm"],
     args: &[
@@ -72,13 +69,13 @@ pub static ADAMW: OpSpec = OpSpec {
     tolerance: Tolerance {
         roundings: |d| (d["P"] as f64).sqrt() + 12.0,
         nmse: 1e-12,
-        why: "P parts are added and their root divides: half of sqrt(P) roundings and three, twice that in g². m is made \
-              of two products and a sum, relative to the sizes of its terms, v of two products and a sum of one sign; the \
-              step divides by v's root, so half of v's error counts, and rounds seven times itself",
+        why: "P parts are added and their root divides: half of sqrt(P) roundings and three, twice that in g². m is \
+              made of two products and a sum, relative to the sizes of its terms, v of two products and a sum of one \
+              sign; the step divides by v's root, so half of v's error counts, and rounds seven times itself",
     },
     // N, P; lr, rate1, rate2, eps, decay, bias1, bias2, max_norm
     cases: &[
-        case_with(&[1, 0], &[1e-3, 0.1, 1e-3, 1e-8, 0.01, 0.1, 1e-3, 0.0], "the smallest, the first step, nothing clipped"),
+        case_with(&[1, 0], &[1e-3, 0.1, 1e-3, 1e-8, 0.01, 0.1, 1e-3, 0.0], "the smallest, the first step, unclipped"),
         case_with(&[33, 7], &[1e-3, 0.1, 1e-3, 1e-8, 0.0, 0.271, 2.997e-3, 1.0], "clipped, no decay"),
         case_with(&[257, 1], &[0.1, 0.1, 0.05, 1e-6, 0.5, 0.65, 0.4, 100.0], "a norm under the bound, large rates"),
         case_with(&[65, 65], &[1e-4, 1.0, 1.0, 1e-8, 0.1, 1.0, 1.0, 1e-3], "no memory of the past: the sign of g"),
@@ -135,8 +132,8 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// The scalars of step `step`, counted from 1, at learning rate `lr`: differences from 1 are taken in f64, since f32
-    /// would keep few digits of 1 − 0.999.
+    /// The scalars of step `step`, counted from 1, at learning rate `lr`: differences from 1 are taken in f64, since
+    /// f32 would keep few digits of 1 − 0.999.
     pub fn scalars(&self, lr: f64, step: u64) -> [f32; 8] {
         let bias = |beta: f64| 1.0 - beta.powf(step as f64);
         let Settings { beta1, beta2, eps, decay, max_norm } = *self;

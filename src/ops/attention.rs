@@ -55,7 +55,6 @@ pub static ATTENTION: OpSpec = OpSpec {
         case_with(&[1, 9, 3, 64, 257], &[0.125], "decode"),
         case_with(&[1, 7, 1, 65, 33], &[3.0], "decode with large scores and odd sizes"),
         case_with(&[33, 4, 2, 128, 65], &[0.088], "the widest heads of common decoders, causal after a cache"),
-        case_with(&[33, 2, 1, 132, 65], &[0.09], "heads wider than two blocks of columns"),
         case_with(&[128, 12, 12, 32, 128], &[0.177], "MiniLM"),
         case_with(&[128, 9, 3, 64, 257], &[0.125], "SmolLM2-135M"),
     ],
@@ -140,7 +139,7 @@ fn one_head_a_group(d: &Dims, shared_bytes: u32) -> Launch {
 }
 
 /// 32 rows of q, of k and v, and of weights, and what 64 invocations tell each other.
-const TILE_BYTES: u32 = 22536;
+const TILE_BYTES: u32 = 22544;
 
 /// 32 rows and 64 columns of a head.
 fn one_tile_a_group(d: &Dims) -> Launch {

@@ -9,12 +9,13 @@
 //!                      dk_c = scale · Σ_m ds_c q_m,  dv_c = Σ_m p_c dy_m          over the rows and heads that see c
 //! ```
 //!
-//! So no probabilities are kept from the forward pass, and none are ever written (Dao 2023, arXiv 2307.08691): with the two
-//! numbers of `stats` a block of query rows and a block of keys can be taken up alone, which is how a device makes dq in one
-//! set of blocks and dk and dv in another, each element by one block, in order, with no atomic additions.
+//! So no probabilities are kept from the forward pass, and none are ever written (Dao 2023, arXiv 2307.08691): with the
+//! two numbers of `stats` a block of query rows and a block of keys can be taken up alone, which is how a device makes
+//! dq in one set of blocks and dk and dv in another, each element by one block, in order, with no atomic additions.
 //!
-//! Masks are spans, as in `attention`: row m sees the rows `span[m,0]..span[m,1]` of k and v. An empty span has lse 0 and dq
-//! 0; a key that no row sees has dk = dv = 0. Query head h reads key head h/(H/KV), whose dk and dv are sums over its heads.
+//! Masks are spans, as in `attention`: row m sees the rows `span[m,0]..span[m,1]` of k and v. An empty span has lse 0
+//! and dq 0; a key that no row sees has dk = dv = 0. Query head h reads key head h/(H/KV), whose dk and dv are sums
+//! over its heads.
 
 mod blocked;
 
@@ -49,9 +50,10 @@ pub static ATTENTION_STATS: OpSpec = OpSpec {
     tolerance: Tolerance {
         roundings: |d| (d["D"] as f64).sqrt() + (d["C"] as f64).sqrt() + 8.0,
         nmse: 1e-11,
-        why: "a score errs by sqrt(D) independent roundings of scale · Σ|q k|, and minus the largest score by one of the \
-              difference: relative errors of its exp. Relative errors of the sum are errors of its logarithm, and the \
-              sum over C adds sqrt(C) roundings; exp's and ln's own and the last sum are the rest. delta is a dot product",
+        why: "a score errs by sqrt(D) independent roundings of scale · Σ|q k|, and minus the largest score by one of \
+              the difference: relative errors of its exp. Relative errors of the sum are errors of its logarithm, and \
+              the sum over C adds sqrt(C) roundings; exp's and ln's own and the last sum are the rest. delta is a dot \
+              product",
     },
     cases: CASES,
     kernels: &[STATS_CPU, STATS_PTX, STATS_WGSL],
@@ -102,6 +104,8 @@ const CASES: &[Case] = &[
     case_with(&[33, 3, 3, 32, 33], &[0.177], "bidirectional sentences and padding"),
     case_with(&[65, 6, 2, 7, 257], &[1.0], "causal after a cache, one row past a block"),
     case_with(&[257, 4, 2, 16, 257], &[0.25], "packed documents longer than a block of keys"),
+    case_with(&[33, 4, 2, 128, 65], &[0.088], "the widest heads of common decoders, causal after a cache"),
+    case_with(&[33, 2, 1, 65, 40], &[0.124], "odd wide heads, two to a key head"),
     case_with(&[128, 12, 12, 32, 128], &[0.177], "MiniLM"),
     case_with(&[129, 9, 3, 64, 129], &[0.125], "SmolLM2-135M"),
 ];
@@ -114,7 +118,12 @@ const STATS_CPU: &[Kernel] = &[
     #[cfg(target_arch = "x86_64")]
     rust("attention_stats_f32_blocked_avx512", |d, args| blocked::stats(d, args, blocked::stats_avx512), has_avx512),
 ];
-const STATS_PTX: &[Kernel] = &[];
+const STATS_PTX: &[Kernel] = &[
+    ptx!("attention_stats_f32_warp", four_queries_a_block, always),
+    ptx!("attention_stats_f32_tiled", queries_a_block, |d, caps| {
+        d["D"] <= 128 && queries_a_block(d).shared_bytes <= caps.shared_bytes
+    }),
+];
 const STATS_WGSL: &[Kernel] = &[wgsl!("attention_stats_f32_workgroup" + "exact", |d| heads(d, d["M"], 512), always)];
 
 const CPU: &[Kernel] = &[
@@ -125,13 +134,54 @@ const CPU: &[Kernel] = &[
     #[cfg(target_arch = "x86_64")]
     rust("attention_backward_f32_blocked_avx512", |d, args| blocked::backward(d, args, blocked::avx512), has_avx512),
 ];
-const PTX: &[Kernel] = &[];
+const PTX: &[Kernel] = &[
+    // Its threads are the columns of a row.
+    ptx!("attention_backward_f32_naive", a_row_a_block, |d, _| d["D"] <= 128),
+    // Its threads hold the results of up to 128 columns.
+    ptx!("attention_backward_f32_tiled", rows_a_block, |d, caps| {
+        d["D"] <= 128 && rows_a_block(d).shared_bytes <= caps.shared_bytes
+    }),
+];
 const WGSL: &[Kernel] =
     &[wgsl!("attention_backward_f32_workgroup" + "exact", |d| heads(d, d["M"] + d["C"], 1024), always)];
 
 /// A group of 64 invocations for each head of so many rows.
 fn heads(d: &Dims, rows: usize, shared_bytes: u32) -> Launch {
     Launch { grid: [d["H"] as u32, rows as u32, 1], block: [64, 1, 1], shared_bytes }
+}
+
+/// A block of 128 threads holds four warps, each warp a query row and head.
+fn four_queries_a_block(d: &Dims) -> Launch {
+    Launch { grid: [(d["M"] * d["H"]).div_ceil(4) as u32, 1, 1], block: [128, 1, 1], shared_bytes: 0 }
+}
+
+/// A block of 128 threads for 64 of the queries that share a key head, and tiles of 64 + 32 + 32 rows of D rounded up to 32,
+/// plus 4, numbers and of 64 pairs.
+fn queries_a_block(d: &Dims) -> Launch {
+    let blocks = (d["M"] * (d["H"] / d["KV"])).div_ceil(64);
+    let row = d["D"].next_multiple_of(32) + 4;
+    Launch {
+        grid: [blocks as u32, d["KV"] as u32, 1],
+        block: [128, 1, 1],
+        shared_bytes: (4 * (128 * row + 128)) as u32,
+    }
+}
+
+/// A block of 128 threads for each row of dq, then for each of dk and dv.
+fn a_row_a_block(d: &Dims) -> Launch {
+    Launch { grid: [(d["M"] * d["H"] + d["C"] * d["KV"]) as u32, 1, 1], block: [128, 1, 1], shared_bytes: 0 }
+}
+
+/// A block of 128 threads for 64 of the queries that share a key head, or 64 of its keys, and tiles of 2 · (64 + 32) rows of
+/// D rounded up to 32, plus 4, numbers and of 128 rows of 40.
+fn rows_a_block(d: &Dims) -> Launch {
+    let blocks = (d["M"] * (d["H"] / d["KV"])).div_ceil(64) + d["C"].div_ceil(64);
+    let row = d["D"].next_multiple_of(32) + 4;
+    Launch {
+        grid: [blocks as u32, d["KV"] as u32, 1],
+        block: [128, 1, 1],
+        shared_bytes: (4 * (192 * row + 128 * 40)) as u32,
+    }
 }
 
 /// Pairs of a query row and a key, times H·D, as `attention` counts them.

@@ -1,8 +1,12 @@
 //! `cross_entropy`: the loss of each row of logits, and in their place its gradient: softmax and loss in one op
 //!
-//! loss_m = ln Σ_v exp(logits[m,v]) − logits[m, label[m]], in nats; dlogits[m,v] = scale · (softmax(logits[m])_v − [v is the
-//! label]). `scale` is one over the number of labels that the whole step counts, whatever chunk of rows a launch holds; the
-//! losses are not scaled. A label that is no class, such as 0xFFFFFFFF, is left out: its loss and its gradient are zero.
+//! ```text
+//! loss[m]     = ln Σ_v exp(logits[m,v]) − logits[m, label[m]]                       in nats
+//! logits[m,v] = scale · (softmax(logits[m])_v − (1 where v is label[m], else 0))
+//! ```
+//!
+//! `scale` is one over the number of labels that the whole step counts, whatever chunk of rows a launch holds; the
+//! losses are not scaled. A label that is no class, such as 0xFFFFFFFF, is left out: its loss and gradient are zero.
 
 use super::simd;
 use crate::op::*;
@@ -16,8 +20,8 @@ use rayon::prelude::*;
 pub static CROSS_ENTROPY: OpSpec = OpSpec {
     name: "cross_entropy",
     format: "f32",
-    formula: "loss[m] = ln Σ_v exp(logits[m,v]) − logits[m,label[m]]; logits[m,v] = scale·(softmax_v − (v = label[m])); \
-              both 0 where label[m] ≥ V",
+    formula: "loss[m] = ln Σ_v exp(logits[m,v]) − logits[m,label[m]]; logits[m,v] = scale·(softmax_v − [v is \
+              label[m]]); both 0 where label[m] ≥ V",
     dims: &["M", "V"],
     scalars: &["scale"],
     args: &[
@@ -31,10 +35,11 @@ pub static CROSS_ENTROPY: OpSpec = OpSpec {
     tolerance: Tolerance {
         roundings: |d| (d["V"] as f64).sqrt() + 8.0,
         nmse: 1e-11,
-        why: "a logit minus the largest rounds to an error of the difference, relative in its exp, which has 1.1 ulp (2.2 u) \
-              of its own; the sum of V positive terms adds sqrt(V) roundings, independent of each other. The loss is that \
-              sum's logarithm, so relative errors of the sum are errors of 1, and two differences, each of its terms' \
-              size. The gradient divides, subtracts and scales: four more. Weights under 1e-30 may be flushed to zero",
+        why: "a logit minus the largest rounds to an error of the difference, relative in its exp, which has 1.1 ulp \
+              (2.2 u) of its own; the sum of V positive terms adds sqrt(V) roundings, independent of each other. The \
+              loss is that sum's logarithm, so relative errors of the sum are errors of 1, and two differences, each \
+              of its terms' size. The gradient divides, subtracts and scales: four more. Weights under 1e-30 may be \
+              flushed to zero",
     },
     // M, V
     cases: &[

@@ -1,8 +1,8 @@
 //! `dropout`: y = x · keep / (1 − p) (+ y), the mask a hash of where an element stands        Srivastava et al. 2014
 //!
-//! Whether element (m, k) is kept depends on nothing but (k, ROW0 + m, SEED, STREAM), so every device, order and cut into
-//! chunks gives the same mask, and the backward pass makes it again: it is this op on the gradient, with the same params.
-//! A caller gives each use, such as a projection in a step, a STREAM of its own.
+//! Whether element (m, k) is kept depends on nothing but (k, ROW0 + m, SEED, STREAM), so every device, order and cut
+//! into chunks gives the same mask, and the backward pass makes it again: it is this op on the gradient, with the same
+//! params. A caller gives each use, such as a projection in a step, a STREAM of its own.
 //!
 //! ```text
 //! v = (k, ROW0 + m, SEED, STREAM) · 1664525 + 1013904223                            32-bit words that wrap around
@@ -63,7 +63,7 @@ fn four_rows_a_block(d: &Dims) -> Launch {
 
 const WGSL: &[Kernel] = &[wgsl!("dropout_f32_flat", |d| flat(d["M"] * d["K"]), always)];
 
-/// The dim DROP and the scalar `scale` for a probability 0 ≤ p < 1 of dropping: ⌊p·2³²⌋ and 1/(1 − p). Panics for others.
+/// The dim DROP and the scalar `scale` for a probability 0 ≤ p < 1 of dropping: ⌊p·2³²⌋, 1/(1 − p). Panics for others.
 pub fn threshold(p: f64) -> (usize, f32) {
     assert!((0.0..1.0).contains(&p), "a probability of dropping is at least 0 and below 1, not {p}");
     ((p * (1u64 << 32) as f64) as usize, (1.0 / (1.0 - p)) as f32)

@@ -1,7 +1,7 @@
-//! `gather_rows`: y[n] = x[index[n]], zero where index[n] names no row of x
+//! `gather_rows`: `y[n] = x[index[n]]`, zero where `index[n]` names no row of x
 //!
-//! Both ways of leaving rows out: with the list of the rows to keep it packs them, and with the inverse list, row n's place
-//! among the kept or M for none, it brings gradients back to their places, each written once, so in no order.
+//! Both ways of leaving rows out: with the list of the rows to keep it packs them, and with the inverse list, row n's
+//! place among the kept or M for none, it brings gradients back to their places, each written once, so in no order.
 
 use super::simd;
 use crate::op::*;

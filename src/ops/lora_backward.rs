@@ -3,8 +3,8 @@
 //! - `lora_backward`: `dS[M,R] = s · dy[M,N] · B[N,R]` and `dB[N,R] = s · dyᵀ[N,M] · S[M,R] (+ dB)`, which both read dy
 //! - `lora_backward_a`: `dA[R,K] = dSᵀ[R,M] · x[M,K] (+ dA)`
 //!
-//! dy is columns Y0..Y0+N of a matrix `[M,LDY]`. With `ACC` = 1 the gradients of the weights are added to what dB and dA
-//! hold, as accumulation over microbatches wants; with 0 the old values are never read. dS is always written.
+//! dy is columns Y0..Y0+N of a matrix `[M,LDY]`. With `ACC` = 1 the gradients of the weights are added to what dB and
+//! dA hold, as accumulation over microbatches wants; with 0 the old values are never read. dS is always written.
 //!
 //! Sums have one order: a kernel may cut M or N into parts, never by the number of its threads, and adds the parts in
 //! order, with no atomic additions. So a step gives the same bits every time.
@@ -88,7 +88,7 @@ const CPU: &[Kernel] = &[
     rust("lora_backward_f32_blocked_avx2", |d, args| blocked(d, args, Simd::Avx2), has_avx2),
     rust("lora_backward_f32_blocked_avx512", |d, args| blocked(d, args, Simd::Avx512), has_avx512),
 ];
-const PTX: &[Kernel] = &[];
+const PTX: &[Kernel] = &[ptx!("lora_backward_f32_block", tokens_then_columns, always)];
 const WGSL: &[Kernel] = &[wgsl!("lora_backward_f32_workgroup", four_ranks_a_group, always)];
 
 const CPU_A: &[Kernel] = &[
@@ -97,7 +97,7 @@ const CPU_A: &[Kernel] = &[
     rust("lora_backward_a_f32_columns_avx2", |d, args| columns(d, args, Simd::Avx2), has_avx2),
     rust("lora_backward_a_f32_columns_avx512", |d, args| columns(d, args, Simd::Avx512), has_avx512),
 ];
-const PTX_A: &[Kernel] = &[];
+const PTX_A: &[Kernel] = &[ptx!("lora_backward_a_f32_block", columns_a_block, always)];
 const WGSL_A: &[Kernel] = &[wgsl!("lora_backward_a_f32_columns", |d| four_ranks(d["K"].div_ceil(64), d, 0), always)];
 
 /// A group for each token's dS and for 64 rows of dB, with four words of workgroup memory an invocation.
@@ -108,6 +108,17 @@ fn four_ranks_a_group(d: &Dims) -> Launch {
 /// 64 invocations, four ranks each.
 fn four_ranks(groups: usize, d: &Dims, shared_bytes: u32) -> Launch {
     Launch { grid: [groups as u32, d["R"].div_ceil(4) as u32, 1], block: [64, 1, 1], shared_bytes }
+}
+
+/// Blocks of 256 threads, each eight ranks of eight tokens of dS, then of 32 columns of dB.
+fn tokens_then_columns(d: &Dims) -> Launch {
+    let blocks = d["M"].div_ceil(8) + d["N"].div_ceil(32);
+    Launch { grid: [blocks as u32, d["R"].div_ceil(8) as u32, 1], block: [256, 1, 1], shared_bytes: 0 }
+}
+
+/// Blocks of 256 threads, each eight ranks of 32 columns.
+fn columns_a_block(d: &Dims) -> Launch {
+    Launch { grid: [d["K"].div_ceil(32) as u32, d["R"].div_ceil(8) as u32, 1], block: [256, 1, 1], shared_bytes: 0 }
 }
 
 /// The definition in f64.
@@ -187,8 +198,8 @@ const BLOCK: usize = 1 << 18;
 /// Columns of dy or x whose sums over all rows are one task's.
 const COLUMNS: usize = 128;
 
-/// CPU: a block of dy's rows after another, read once: for dS its rows side by side, for dB its columns. dB's sums lie as
-/// [COLUMNS of N][R][COLUMNS] until the end, so that dy's columns are vectors; each runs over all rows in order.
+/// CPU: a block of dy's rows after another, read once: for dS its rows side by side, for dB its columns. dB's sums lie
+/// as [COLUMNS of N][R][COLUMNS] until the end, so that dy's columns are vectors; each runs over all rows in order.
 fn blocked(d: &Dims, args: &mut [Slice<'_>], simd: Simd) {
     let (m, n, r, ldy, y0, s) = (d["M"], d["N"], d["R"], d["LDY"], d["Y0"], d.scalar("s"));
     let [dy, b, lora_s, ds, db] = args else { unreachable!("five arguments") };

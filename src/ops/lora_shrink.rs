@@ -1,11 +1,10 @@
-//! `lora_shrink`: `S[M,R] = x[M,K] · A[R,K]ᵀ`, an adapter's first half: tokens into its low rank   Hu et al. 2021, arXiv
-//! 2106.09685
+//! `lora_shrink`: `S[M,R] = x[M,K] · A[R,K]ᵀ`, an adapter's first half            Hu et al. 2021, arXiv 2106.09685
 //!
-//! With `IDS` = 0 there is one adapter, and A `[T,K]` is its matrix, T = R; `adapter` and `rows` are empty and L is 0. With
-//! `IDS` = 1 each row names its own, so that one launch serves a batch of many (Chen et al. 2023, arXiv 2310.18547): A holds
-//! the matrices of L adapters, one below the other, each with its true rank; those of adapter l are rows
-//! `rows[l,0]..rows[l,1]` of A, at most R of them, `rows[l,1]` ≤ T; token m uses adapter `adapter[m]`. Columns of S past an
-//! adapter's rank are zero, and so is the whole row where `adapter[m]` is −1 or no index below L.
+//! With `IDS` = 0 there is one adapter, and A `[T,K]` is its matrix, T = R; `adapter` and `rows` are empty and L is 0.
+//! With `IDS` = 1 each row names its own, so that one launch serves a batch of many (Chen et al. 2023, arXiv
+//! 2310.18547): A holds the matrices of L adapters, one below the other, each with its true rank; those of adapter l
+//! are rows `rows[l,0]..rows[l,1]` of A, at most R of them, `rows[l,1]` ≤ T; token m uses adapter `adapter[m]`. Columns
+//! of S past an adapter's rank are zero, and so is the whole row where `adapter[m]` is −1 or no index below L.
 
 use super::vector::{for_simd, Body, Vector};
 use super::{simd, skinny};
@@ -60,7 +59,12 @@ const CPU: &[Kernel] = &[
     rust("lora_shrink_f32_rows_avx512", |d, args| rows(d, args, Simd::Avx512), has_avx512),
 ];
 
-const PTX: &[Kernel] = &[];
+const PTX: &[Kernel] = &[ptx!("lora_shrink_f32_warp", four_tokens_a_block, always)];
+
+/// A block of 128 threads holds four warps, each warp a token and eight ranks.
+fn four_tokens_a_block(d: &Dims) -> Launch {
+    Launch { grid: [d["M"].div_ceil(4) as u32, d["R"].div_ceil(8) as u32, 1], block: [128, 1, 1], shared_bytes: 0 }
+}
 
 const WGSL: &[Kernel] = &[wgsl!("lora_shrink_f32_workgroup", four_ranks_a_group, always)];
 

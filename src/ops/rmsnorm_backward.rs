@@ -1,7 +1,7 @@
 //! `rmsnorm_backward`: the gradient of [`rmsnorm`](super::rmsnorm) with respect to its input; the gain is frozen
 //!
-//! With r = 1/sqrt(mean of x² + eps):  dx_k = r · gain_k · dy_k − r³ · x_k · mean over j of (dy_j · gain_j · x_j)  (+ dx_k).
-//! `ACC` = 1 adds to dx, which then may hold the gradient of the residual connection; with 0 its old value is never read.
+//! With r = 1/sqrt(mean of x² + eps), dx_k = r·gain_k·dy_k − r³·x_k · mean over j of (dy_j·gain_j·x_j) (+ dx_k). `ACC`
+//! = 1 adds to dx, which then may hold the gradient of the residual connection; with 0 its old value is never read.
 
 use super::simd;
 use super::vector::{for_simd, Body, Vector, LANES};
@@ -13,7 +13,8 @@ use rayon::prelude::*;
 pub static RMSNORM_BACKWARD: OpSpec = OpSpec {
     name: "rmsnorm_backward",
     format: "f32",
-    formula: "dx = r·gain·dy − r³·x·mean over K of (dy·gain·x), r = 1/sqrt(mean over K of x² + eps) (+ dx where ACC is 1)",
+    formula: "dx = r·gain·dy − r³·x·mean over K of (dy·gain·x) (+ dx where ACC is 1), \
+              r = 1/sqrt(mean over K of x² + eps)",
     dims: &["M", "K", "ACC"],
     scalars: &["eps"],
     args: &[
@@ -30,9 +31,9 @@ pub static RMSNORM_BACKWARD: OpSpec = OpSpec {
     tolerance: Tolerance {
         roundings: |d| (d["K"] as f64).sqrt() + 8.0,
         nmse: 1e-11,
-        why: "two sums over K, whose roundings, independent of each other, grow with sqrt(K), the second relative to the \
-              sum of |dy·gain·x|; r's error counts once in the first term and three times half in the second, and eight \
-              products, sums and a root round once each",
+        why: "two sums over K, whose roundings, independent of each other, grow with sqrt(K), the second relative to \
+              the sum of |dy·gain·x|; r's error counts once in the first term and three times half in the second, and \
+              eight products, sums and a root round once each",
     },
     // M, K, ACC
     cases: &[

@@ -1,5 +1,5 @@
-//! Products with a matrix of few rows, such as an adapter's: the loops that `lora_shrink` and `lora_backward` share. What is
-//! long is read once, for eight of the few at a time.
+//! Products with a matrix of few rows, such as an adapter's: the loops that `lora_shrink` and `lora_backward` share.
+//! What is long is read once, for eight of the few at a time.
 
 use super::vector::{Vector, LANES};
 

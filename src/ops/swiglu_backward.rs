@@ -29,10 +29,10 @@ pub static SWIGLU_BACKWARD: OpSpec = OpSpec {
     tolerance: Tolerance {
         roundings: |_| 10.0,
         nmse: 1e-12,
-        why: "σ errs by exp's 1.1 ulp (2.2 u), and where exp is made of 2^x by |gate| roundings more, of which it keeps the \
-              share 1 − σ; the sum and the quotient round once each. 1 − σ cancels, so its error is one of 1; it and the \
-              rest of the second factor are relative to 1 + |gate|. Five products and sums round once each. Results \
-              under 1e-30 of dy may be flushed to zero",
+        why: "σ errs by exp's 1.1 ulp (2.2 u), and where exp is made of 2^x by |gate| roundings more, of which it \
+              keeps the share 1 − σ; the sum and the quotient round once each. 1 − σ cancels, so its error is one of \
+              1; it and the rest of the second factor are relative to 1 + |gate|. Five products and sums round once \
+              each. Results under 1e-30 of dy may be flushed to zero",
     },
     cases: &[
         case(&[1, 1], "the smallest"),

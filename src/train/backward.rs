@@ -504,8 +504,8 @@ impl Passes {
         self.run(self.ops.dropout, &[x, y], &self.ops.dropout.dims(&own, &[scale]))
     }
 
-    /// The losses of the rows that predict something, summed, and in `d_kept` the gradients of `scale` times the sum with
-    /// respect to their normed rows.
+    /// The losses of the rows that predict something, summed, and in `d_kept` the gradients of `scale` times the sum
+    /// with respect to their normed rows.
     fn head(&mut self, llama: &Llama, batch: &Batch, scale: f32) -> Result<f64, Error> {
         let Config { hidden, vocab, .. } = self.config;
         let (mut kept, mut labels) = (Vec::new(), Vec::new());

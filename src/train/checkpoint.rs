@@ -6,8 +6,9 @@
 //! state.json                                       step, settings, best held-out loss, SHA-256 of the files above
 //! ```
 //!
-//! A checkpoint is written beside its place, brought to the disk, and renamed: one that is there is whole. Order of rows,
-//! masks of dropout and learning rates are functions of seed and step, so the step is all there is to say of them.
+//! A checkpoint is written beside its place, brought to the disk, and renamed: one that is there is whole. Order of
+//! rows, masks of dropout and learning rates are functions of seed and step, so the step is all there is to say of
+//! them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -128,7 +129,8 @@ pub struct Found {
     path: PathBuf,
 }
 
-/// The latest whole checkpoint of a run; none where there is none. One whose files are not those it names is passed over.
+/// The latest whole checkpoint of a run; none where there is none. One whose files are not those it names is passed
+/// over.
 pub fn find(run: &Path) -> Result<Option<Found>, Error> {
     for (_, path) in list(run) {
         match open(&path) {

@@ -84,8 +84,8 @@ pub fn peak_bytes() -> Option<u64> {
     Some(kib * 1024)
 }
 
-/// Losses over steps: each step's, their running mean, and the held-out ones as dots. `before` is the held-out loss before
-/// the first step.
+/// Losses over steps: each step's, their running mean, and the held-out ones as dots. `before` is the held-out loss
+/// before the first step.
 pub fn curve(lines: &[Line], before: Option<f64>) -> String {
     const WIDTH: f64 = 720.0;
     const HEIGHT: f64 = 320.0;
@@ -153,7 +153,8 @@ pub fn curve(lines: &[Line], before: Option<f64>) -> String {
     }
     let _ = writeln!(
         svg,
-        "<text x=\"{:.1}\" y=\"{}\" text-anchor=\"middle\">step: <tspan fill=\"#1f5a96\">training loss</tspan>{}</text>\n</svg>",
+        "<text x=\"{:.1}\" y=\"{}\" text-anchor=\"middle\">step: <tspan fill=\"#1f5a96\">training loss</tspan>{}\
+         </text>\n</svg>",
         (LEFT + WIDTH - RIGHT) / 2.0,
         HEIGHT - 6.0,
         if held_out.is_empty() { "" } else { ", <tspan fill=\"#b5482a\">held-out loss</tspan>" },

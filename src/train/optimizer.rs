@@ -45,8 +45,8 @@ impl Schedule {
         }
     }
 
-    /// The learning rate of step `step` of `steps`, counted from 0: it rises in `warmup` even parts to `peak`, which the
-    /// last step of the warm-up has, then falls so that a step after the last would have none.
+    /// The learning rate of step `step` of `steps`, counted from 0: it rises in `warmup` even parts to `peak`, which
+    /// the last step of the warm-up has, then falls so that a step after the last would have none.
     pub fn rate(self, peak: f64, step: usize, steps: usize, warmup: usize) -> f64 {
         if step < warmup {
             return peak * (step + 1) as f64 / warmup as f64;

@@ -55,8 +55,8 @@ pub struct Parameters {
     device: Arc<dyn Device>,
 }
 
-/// A new adapter for a model: A uniform within ±1/sqrt(k), which is PEFT's Kaiming initialization with a = sqrt(5), and B
-/// zero, so that it changes nothing yet. The same seed gives the same adapter.
+/// A new adapter for a model: A uniform within ±1/sqrt(k), which is PEFT's Kaiming initialization with a = sqrt(5),
+/// and B zero, so that it changes nothing yet. The same seed gives the same adapter.
 pub fn fresh(base: &Config, config: LoraConfig, seed: u64) -> Adapter {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut modules = Vec::new();

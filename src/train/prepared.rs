@@ -157,7 +157,7 @@ impl TokenSet {
             bytes,
         };
         let offsets = set.offsets();
-        let rising = offsets.windows(2).all(|pair| pair[0] + 2 <= pair[1]);
+        let rising = offsets.windows(2).all(|pair| pair[1].checked_sub(pair[0]).is_some_and(|tokens| tokens >= 2));
         if rows == 0 || offsets[0] != 0 || !rising || offsets[rows] != tokens as u64 {
             return Err("has rows that do not follow each other".into());
         }

@@ -92,8 +92,8 @@ impl Trainer {
         Ok(found)
     }
 
-    /// Mean loss over every token that a set predicts, in nats. `on_progress` is told how many rows are done; false from
-    /// it ends the pass, with `None`.
+    /// Mean loss over every token that a set predicts, in nats. `on_progress` is told how many rows are done; false
+    /// from it ends the pass, with `None`.
     pub fn evaluate(
         &mut self,
         set: &TokenSet,
@@ -133,8 +133,8 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// For steps of `rows` rows at most `longest` tokens long, over a model and `parameters` numbers to train; activations
-    /// of as many layers kept as `keep_bytes` hold, but of one at least.
+    /// For steps of `rows` rows at most `longest` tokens long, over a model and `parameters` numbers to train;
+    /// activations of as many layers kept as `keep_bytes` hold, but of one at least.
     pub fn new(
         llama: &Llama,
         rank: usize,

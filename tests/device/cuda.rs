@@ -217,6 +217,40 @@ fn a_fault_on_the_card_is_told_with_the_kernel_that_ran() {
 }
 
 #[test]
+fn gpu_check_writes_a_record_and_ends_with_a_table() {
+    let folder = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink(fake_driver(), folder.path().join("libcuda.so")).unwrap();
+    let check = |words: &str| {
+        let output = Command::new("python3")
+            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tools/gpu_check"))
+            .args(["--handmill", env!("CARGO_BIN_EXE_handmill"), "--kernel", "rmsnorm_f32_warp"])
+            .env("LD_LIBRARY_PATH", folder.path())
+            .env("FAKE_CUDA", words)
+            .env("OUT", folder.path().join("out"))
+            .output()
+            .expect("python3 runs");
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("UTF-8");
+        (output.status.code(), text(output.stdout), text(output.stderr))
+    };
+    let (code, table, said) = check("only=rmsnorm_f32_warp");
+    assert_eq!(code, Some(0), "{table}{said}");
+    has(&table, &["Fake card", "doctor", "rmsnorm_f32_warp", "16 ok, 0 failed"]);
+    let record = folder.path().join("out/record/fake-card-ptx-on-the-cpu");
+    let file = record.read_dir().unwrap().next().expect("a record").unwrap().path();
+    let lines: Vec<Value> =
+        std::fs::read_to_string(file).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!((&lines[0]["what"], &lines[0]["card"]["sm"]), (&"doctor".into(), &80.into()));
+    assert_eq!((&lines[1]["kernel"], &lines[1]["failed"]), (&"rmsnorm_f32_warp".into(), &0.into()));
+
+    let (code, table, _) = check("idle");
+    assert_eq!(code, Some(1), "launches that do nothing leave the poison");
+    has(&table, &["FAILED rmsnorm_f32_warp", "0 ok, 16 failed"]);
+    let (code, table, said) = check("no_device");
+    assert!(code == Some(1) && table.is_empty(), "{table}");
+    has(&said, &["gpu_check: doctor does not find cuda:0", "finds no card"]);
+}
+
+#[test]
 fn a_launch_that_the_driver_refuses_is_told_with_its_dims() {
     let run = with_driver("no_resources", None, &VERIFY);
     let words = ["rmsnorm_f32_warp (M=1 K=1", "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES (too many resources requested"];

@@ -63,13 +63,15 @@ fn check_on(llama: Llama, shape: &Shape, (hidden, expected): &(Vec<Vec<f64>>, Ve
     let error = worst(&logits(&llama, &IDS), expected);
     assert!(error < TOLERANCE, "{on}: logits are off by {error:e}");
 
+    // The executor takes as long for one token as for all: three show what there is to see.
+    let tokens = if on == "cpu" { IDS.len() } else { 3 };
     let mut session = llama.session(20).unwrap();
-    for (i, id) in IDS.iter().enumerate() {
+    for (i, id) in IDS[..tokens].iter().enumerate() {
         let row = llama.forward(&mut session, &[*id], Want::Last).unwrap();
         let error = worst(row, &expected[i * shape.vocab..(i + 1) * shape.vocab]);
         assert!(error < TOLERANCE, "{on}, token by token: the logits of token {i} are off by {error:e}");
     }
-    assert_eq!(session.len(), IDS.len());
+    assert_eq!(session.len(), tokens);
 }
 
 #[test]

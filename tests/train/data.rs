@@ -50,12 +50,14 @@ fn every_form_predicts_what_it_should() {
     let text = r#"{"text": "all of it"}
 {"prompt": "one and", "completion": " two", "id": 7}
 
-{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "r"}, {"role": "assistant", "content": "bc"}]}
+{"messages": [MESSAGES]}
 {"instruction": "do", "input": "this", "output": "done"}
 {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}
 {"input_ids": [5, 6, 7]}
 "#;
-    let rows = read(&model, text, &OPTIONS).unwrap();
+    let turns = [("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "bc")];
+    let turns = turns.map(|(role, content)| format!("{{\"role\": \"{role}\", \"content\": \"{content}\"}}"));
+    let rows = read(&model, &text.replace("MESSAGES", &turns.join(", ")), &OPTIONS).unwrap();
     assert_eq!(rows.iter().map(|row| row.line).collect::<Vec<_>>(), [1, 2, 4, 5, 6, 7]);
     let found: Vec<String> = rows.iter().map(|row| predicted(&model, row)).collect();
     assert_eq!(found[0], "all of it");

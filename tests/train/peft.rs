@@ -1,5 +1,5 @@
-//! Loss, gradients and twenty steps against PEFT over transformers in f32, on SmolLM2-135M. The reference started from an
-//! adapter drawn by PyTorch's generator, which is drawn here again.
+//! Loss, gradients and twenty steps against PEFT over transformers in f32, on SmolLM2-135M. The reference started
+//! from an adapter drawn by PyTorch's generator, which is drawn here again.
 
 use super::{fixture, smollm2};
 use handmill::device::cpu::Cpu;

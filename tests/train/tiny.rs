@@ -94,8 +94,8 @@ fn check(path: &Path, shape: &Shape, weights: &Weights, options: &LoadOptions, t
             let along: Vec<f64> = gradient.iter().map(|&g| f64::from(g) / norm).collect();
             let random: Vec<f64> = gradient.iter().map(|_| normal(&mut rng) / (gradient.len() as f64).sqrt()).collect();
             for direction in [along, random] {
-                // Merged weights are rounded to f32, which moves the loss by some 1e-7: over a distance of 2e-2 a slope by
-                // 1e-5. The third derivative adds about as much; a thousandth of the norm is far above both.
+                // Merged weights are rounded to f32, which moves the loss by some 1e-7: over a distance of 2e-2 a
+                // slope by 1e-5. The third derivative adds about as much; a thousandth of the norm is far above both.
                 let h = 1e-2;
                 let moved = |sign: f64| {
                     let mut moved = start.clone();

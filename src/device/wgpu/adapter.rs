@@ -4,7 +4,8 @@ use super::Result;
 use crate::device::{Error, Listed};
 use crate::op::DeviceKind;
 use std::sync::OnceLock;
-use wgpu::{Adapter, Backends, DeviceType, Features};
+use wgpu::{Adapter, Backends, DeviceType, ExperimentalFeatures, Features};
+use wgpu::{CooperativeMatrixProperties, CooperativeScalarType};
 
 /// How a device is opened. The defaults take all an adapter has; tests and measurements take less.
 #[derive(Clone, Debug)]
@@ -85,6 +86,17 @@ pub(super) fn name(adapter: &Adapter) -> String {
     name
 }
 
+/// Products of 16 x 16 x 16, f16 in and f32 out.
+fn has_coopmat(adapter: &Adapter) -> bool {
+    let shapes = adapter.cooperative_matrix_properties();
+    let suits = |p: &CooperativeMatrixProperties| {
+        (p.m_size, p.n_size, p.k_size) == (16, 16, 16)
+            && p.ab_type == CooperativeScalarType::F16
+            && p.cr_type == CooperativeScalarType::F32
+    };
+    adapter.features().contains(Features::EXPERIMENTAL_COOPERATIVE_MATRIX) && shapes.iter().any(suits)
+}
+
 /// Adapter number `index` and the device made of it, with every limit the adapter has and the features kernels use.
 pub(super) fn open(index: usize, options: &Options) -> Result<(&'static Adapter, wgpu::Device, wgpu::Queue)> {
     let unavailable = |reason: String| Error::Unavailable { device: format!("wgpu:{index}"), reason };
@@ -95,9 +107,11 @@ pub(super) fn open(index: usize, options: &Options) -> Result<(&'static Adapter,
             n => format!("there is no such adapter; the last one is wgpu:{}", n - 1),
         }));
     };
+    let coopmat = options.subgroups && options.f16 && has_coopmat(adapter);
     let wanted = [
         (Features::SUBGROUP, options.subgroups),
         (Features::SHADER_F16, options.f16),
+        (Features::EXPERIMENTAL_COOPERATIVE_MATRIX, coopmat),
         (Features::TIMESTAMP_QUERY, options.timestamps),
     ];
     let features = wanted.iter().filter(|(_, wanted)| *wanted).fold(Features::empty(), |all, (one, _)| all | *one);
@@ -105,6 +119,9 @@ pub(super) fn open(index: usize, options: &Options) -> Result<(&'static Adapter,
         label: Some("handmill"),
         required_features: adapter.features() & features,
         required_limits: adapter.limits(),
+        // SAFETY: the one experimental feature asked for is cooperative matrices, whose kernels load and store within
+        // workgroup memory by indices that their tiles bound.
+        experimental_features: if coopmat { unsafe { ExperimentalFeatures::enabled() } } else { Default::default() },
         ..Default::default()
     };
     let (device, queue) =

@@ -27,11 +27,11 @@ impl Faults {
             lock(&target.first).get_or_insert(error);
         }));
         let target = faults.clone();
+        // From then on wgpu takes every call and does nothing: only this tells.
         device.set_device_lost_callback(move |reason, message| {
-            // Destroyed is how a device ends that is no longer used.
-            if reason != wgpu::DeviceLostReason::Destroyed {
-                *lock(&target.lost) = Some(message);
-            }
+            let why =
+                if message.is_empty() { format!("{reason:?}") } else { message.trim_end_matches('.').to_string() };
+            lock(&target.lost).get_or_insert(why);
         });
         faults
     }
@@ -39,7 +39,8 @@ impl Faults {
     /// The first error since the last call, as what `what`, such as a kernel's stem, could not do.
     pub fn take(&self, device: &str, what: &str) -> Result<(), Error> {
         if let Some(message) = &*lock(&self.lost) {
-            let reason = format!("the device was lost ({message}): its driver reset it; start again, with less work");
+            let reason =
+                format!("the device was lost ({message}): its driver may have reset it; start again, with less work");
             return Err(Error::Unavailable { device: device.into(), reason });
         }
         match lock(&self.first).take() {

@@ -311,3 +311,36 @@ impl State {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::device::{wgpu::Wgpu, Device};
+
+    #[test]
+    fn a_lost_device_is_an_error_not_a_panic() {
+        let device = match Wgpu::open("wgpu") {
+            Ok(device) => device,
+            Err(reason) if std::env::var_os("HANDMILL_REQUIRE_WGPU").is_some() => panic!("{reason}"),
+            Err(reason) => return eprintln!("not tested: {reason}"),
+        };
+        let add = crate::ops::find("add", "f32");
+        let [a, y] = [64, 64].map(|bytes| device.alloc(bytes).unwrap());
+        let launch = || crate::device::run(&device, add, &[&a, &a, &y], &add.dims(&[1, 16], &[]));
+        launch().unwrap();
+        // As a driver's reset would, with work queued.
+        device.queue.device.destroy();
+        let errors = [
+            device.sync().err(),
+            launch().and_then(|()| device.sync()).err(),
+            device.read(&y, 0, &mut [0; 64]).err(),
+            device.write(&y, 0, &[0; 64]).err(),
+            device.copy(&a, 0, &y, 0, 64).and_then(|()| device.sync()).err(),
+            device.alloc(1 << 20).err(),
+            device.time(&mut || launch()).err(),
+        ];
+        for (i, error) in errors.iter().enumerate() {
+            let error = error.as_ref().unwrap_or_else(|| panic!("call {i} went well")).to_string();
+            assert!(error.contains("the device was lost") && error.lines().count() == 1, "{error}");
+        }
+    }
+}

@@ -1,9 +1,10 @@
-//! Attention's gradients in blocks: the CPU kernels `attention_stats_f32_blocked*` and `attention_backward_f32_blocked*`.
+//! Attention's gradients in blocks: the CPU kernels `attention_stats_f32_blocked*` and
+//! `attention_backward_f32_blocked*`.
 //!
-//! 1. A lane is a query row of one head. Scores are [key][W], as in the forward pass: queries lie as [D][W], a key's numbers
-//!    are read where they lie and serve W rows, and softmax needs no sum across a vector.
+//! 1. A lane is a query row of one head. Scores are [key][W], as in the forward pass: queries lie as [D][W], a key's
+//!    numbers are read where they lie and serve W rows, and softmax needs no sum across a vector.
 //! 2. Keys come in blocks of KEYS, so that a block's p and ds stay in L1 for the three sums they go into.
-//! 3. dq is a sum over keys, [D][W] again. dk and dv are sums over the lanes: there vectors run along D, in chunks of W.
+//! 3. dq is a sum over keys, [D][W] again. dk and dv are sums over the lanes: there vectors run along D, W at a time.
 //! 4. All five products are one loop over registers: `accumulate`.
 //! 5. A task is a head, from its first row to its last. Heads that share a key head leave dk and dv apart, and a second
 //!    stage adds them in order: the same bits on any number of threads.
@@ -16,7 +17,7 @@ use rayon::prelude::*;
 /// Keys in a block.
 const KEYS: usize = 64;
 
-/// What the tasks of a launch share. `q` and `dy` are [M, H·D], `k` and `v` are [C, KV·D], `span` is [M], `stats` [M·H, 2].
+/// What the tasks of a launch share: `q`, `dy` [M, H·D], `k`, `v` [C, KV·D], `span` [M], `stats` [M·H, 2].
 pub(super) struct Problem<'a> {
     heads: usize,
     kv_heads: usize,
@@ -297,7 +298,7 @@ pub(super) fn stats<const W: usize>(
     tasks.par_iter_mut().with_min_len(grain).for_each_init(scratch, |scratch, task| run(&problem, scratch, task));
 }
 
-/// The largest score and the sum of exp(score − largest) of each lane, block of keys after block, as in the forward pass.
+/// Each lane's largest score and sum of exp(score − largest), block of keys after block, as in the forward pass.
 #[inline(always)]
 fn of_rows<const W: usize, const R: usize, const FMA: bool>(
     p: &Problem<'_>,

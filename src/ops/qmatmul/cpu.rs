@@ -24,9 +24,10 @@ use std::cell::Cell;
 /// Most rows of x that `rows` takes. On 1536×576 in q4 with AVX-512 it takes 0.3 of `gemm`'s time at 8 rows, 0.7 at 16,
 /// 1.4 at 32.
 const MAX_ROWS: usize = 16;
-/// Decoded weights held at a time, in values: 4 MiB, so that what one thread decodes the others find in cache, and the
-/// pages are not given back and faulted in again at each launch.
-const PANEL: usize = 1 << 20;
+/// Decoded weights held at a time, in values: 1 MiB, so that what one thread decodes the others find in cache, and the
+/// pages are not given back and faulted in again at each launch. With 4 MiB the head's 49152×576 in q8 takes a sixth
+/// longer at 64 to 256 rows of x.
+const PANEL: usize = 1 << 18;
 thread_local! {
     /// The panel of the last launch, to be used again.
     static PANEL_MEMORY: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };

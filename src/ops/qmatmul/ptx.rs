@@ -9,8 +9,8 @@
 //! How much of the tolerance `mma` uses: let u = 2^-8, the unit roundoff of bf16. x is exact, being the input; a weight
 //! is decoded in f32 and rounded once, so each term x·w is off by at most u·|x·w|, and decoding, scale, bias and the
 //! low-rank term are f32 work, of 2^-24. The tensor cores add products exact in f32, each sum off by at most 2^-22
-//! (they may truncate where f32 rounds): K sums by K·2^-14·u, below u for K up to 2^14. So even when no two errors
-//! cancel, two of the sqrt(K + R) + 6 roundings of u are enough.
+//! (they may truncate where f32 rounds): K sums by K·2^-14·u, below sqrt(K)·u for K up to 2^28. So even when no two
+//! errors cancel, all of them fit in the sqrt(K + R) + 6 roundings of u that are allowed.
 
 use crate::op::*;
 use crate::tensor::Dtype;

@@ -1,4 +1,4 @@
-//! `qmatmul` in WGSL, five rungs a format:
+//! `qmatmul` in WGSL, six rungs a format:
 //!
 //! | variant | idea | for |
 //! | --- | --- | --- |
@@ -7,215 +7,110 @@
 //! | `workgroup` | a row of W is decoded in registers as it streams by; sums meet in workgroup memory | M ≤ 8 |
 //! | `subgroup` | the same; sums meet by subgroupAdd | M ≤ 8 |
 //! | `broadcast` | 16 rows of x, spread over a subgroup's registers and broadcast | adapters that run on the CPU |
+//! | `coopmat` | cooperative matrices, x in f16 | tensor cores; validated, not run yet |
 //!
 //! A kernel's file holds its bindings and its entry. The algorithm follows, once for all formats, then the decoding of
 //! W: `weights_<format>` one weight or four columns at a time, `weights_<format>_x4` 32 columns of four rows.
 
 use crate::op::*;
+use crate::tensor::Dtype;
 
 /// Most rows of x that the rungs for few rows take.
 const FEW_ROWS: usize = 8;
+/// Fewest rows of x that `tiled` takes: it computes 64 whatever there are.
+const MANY_ROWS: usize = 5;
 /// Rows of x from which on `broadcast` is the faster one: on lavapipe, 1536×576 in q4, it takes 2.0 ms at 1 to 16 rows,
 /// `subgroup` 0.8 at one and 1.3 at two.
 const BROADCAST_ROWS: usize = 3;
 
-pub const KERNELS_F32: &[Kernel] = &[
-    wgsl!("qmatmul_f32_naive" + "weights_f32" + "qmatmul_tail", one_output_an_invocation, always),
-    wgsl!("qmatmul_f32_tiled" + "qmatmul_tiled" + "weights_f32" + "qmatmul_tail", tiles_64x64, always),
-    wgsl!(
-        "qmatmul_f32_workgroup" + "qmatmul_gemv" + "weights_f32_x4" + "weights_x4" + "qmatmul_tail",
-        sixteen_rows_with_tree,
-        few_rows
-    ),
-    wgsl!(
-        "qmatmul_f32_subgroup" + "qmatmul_gemv" + "weights_f32_x4" + "weights_x4" + "qmatmul_tail",
-        sixteen_rows,
-        few_rows_subgroups
-    ),
-    wgsl!(
-        "qmatmul_f32_broadcast" + "qmatmul_broadcast" + "weights_f32_x4" + "weights_x4" + "qmatmul_tail",
-        tiles_64x16,
-        on_a_processor
-    ),
-];
-pub const KERNELS_F16: &[Kernel] = &[
-    wgsl!("qmatmul_f16_naive" + "weights_f16" + "qmatmul_tail", one_output_an_invocation, always),
-    wgsl!("qmatmul_f16_tiled" + "qmatmul_tiled" + "weights_f16" + "qmatmul_tail", tiles_64x64, always),
-    wgsl!(
-        "qmatmul_f16_workgroup" + "qmatmul_gemv" + "weights_f16_x4" + "weights_x4" + "qmatmul_tail",
-        sixteen_rows_with_tree,
-        few_rows
-    ),
-    wgsl!(
-        "qmatmul_f16_subgroup" + "qmatmul_gemv" + "weights_f16_x4" + "weights_x4" + "qmatmul_tail",
-        sixteen_rows,
-        few_rows_subgroups
-    ),
-    wgsl!(
-        "qmatmul_f16_broadcast" + "qmatmul_broadcast" + "weights_f16_x4" + "weights_x4" + "qmatmul_tail",
-        tiles_64x16,
-        on_a_processor
-    ),
-];
-pub const KERNELS_BF16: &[Kernel] = &[
-    wgsl!("qmatmul_bf16_naive" + "weights_bf16" + "qmatmul_tail", one_output_an_invocation, always),
-    wgsl!("qmatmul_bf16_tiled" + "qmatmul_tiled" + "weights_bf16" + "qmatmul_tail", tiles_64x64, always),
-    wgsl!(
-        "qmatmul_bf16_workgroup" + "qmatmul_gemv" + "weights_bf16_x4" + "weights_x4" + "qmatmul_tail",
-        sixteen_rows_with_tree,
-        few_rows
-    ),
-    wgsl!(
-        "qmatmul_bf16_subgroup" + "qmatmul_gemv" + "weights_bf16_x4" + "weights_x4" + "qmatmul_tail",
-        sixteen_rows,
-        few_rows_subgroups
-    ),
-    wgsl!(
-        "qmatmul_bf16_broadcast" + "qmatmul_broadcast" + "weights_bf16_x4" + "weights_x4" + "qmatmul_tail",
-        tiles_64x16,
-        on_a_processor
-    ),
-];
-pub const KERNELS_Q4: &[Kernel] = &[
-    wgsl!("qmatmul_q4_naive" + "weights_q4" + "weights_q4_scales" + "qmatmul_tail", one_output_an_invocation, always),
-    wgsl!(
-        "qmatmul_q4_tiled" + "qmatmul_tiled" + "weights_q4" + "weights_q4_scales" + "qmatmul_tail",
-        tiles_64x64,
-        always
-    ),
-    wgsl!(
-        "qmatmul_q4_workgroup" + "qmatmul_gemv" + "weights_q4_x4" + "weights_x4" + "weights_q4_scales" + "qmatmul_tail",
-        sixteen_rows_with_tree,
-        few_rows
-    ),
-    wgsl!(
-        "qmatmul_q4_subgroup" + "qmatmul_gemv" + "weights_q4_x4" + "weights_x4" + "weights_q4_scales" + "qmatmul_tail",
-        sixteen_rows,
-        few_rows_subgroups
-    ),
-    wgsl!(
-        "qmatmul_q4_broadcast"
-            + "qmatmul_broadcast"
-            + "weights_q4_x4"
-            + "weights_x4"
-            + "weights_q4_scales"
-            + "qmatmul_tail",
-        tiles_64x16,
-        on_a_processor
-    ),
-];
-pub const KERNELS_Q8: &[Kernel] = &[
-    wgsl!("qmatmul_q8_naive" + "weights_q8" + "weights_q8_scales" + "qmatmul_tail", one_output_an_invocation, always),
-    wgsl!(
-        "qmatmul_q8_tiled" + "qmatmul_tiled" + "weights_q8" + "weights_q8_scales" + "qmatmul_tail",
-        tiles_64x64,
-        always
-    ),
-    wgsl!(
-        "qmatmul_q8_workgroup" + "qmatmul_gemv" + "weights_q8_x4" + "weights_x4" + "weights_q8_scales" + "qmatmul_tail",
-        sixteen_rows_with_tree,
-        few_rows
-    ),
-    wgsl!(
-        "qmatmul_q8_subgroup" + "qmatmul_gemv" + "weights_q8_x4" + "weights_x4" + "weights_q8_scales" + "qmatmul_tail",
-        sixteen_rows,
-        few_rows_subgroups
-    ),
-    wgsl!(
-        "qmatmul_q8_broadcast"
-            + "qmatmul_broadcast"
-            + "weights_q8_x4"
-            + "weights_x4"
-            + "weights_q8_scales"
-            + "qmatmul_tail",
-        tiles_64x16,
-        on_a_processor
-    ),
-];
-pub const KERNELS_NF4: &[Kernel] = &[
-    wgsl!(
-        "qmatmul_nf4_naive" + "weights_nf4" + "weights_nf4_scales" + "qmatmul_tail",
-        one_output_an_invocation,
-        always
-    ),
-    wgsl!(
-        "qmatmul_nf4_tiled" + "qmatmul_tiled" + "weights_nf4" + "weights_nf4_scales" + "qmatmul_tail",
-        tiles_64x64,
-        always
-    ),
-    wgsl!(
-        "qmatmul_nf4_workgroup"
-            + "qmatmul_gemv"
-            + "weights_nf4_x4"
-            + "weights_x4"
-            + "weights_nf4_scales"
-            + "qmatmul_tail",
-        sixteen_rows_with_tree,
-        few_rows
-    ),
-    wgsl!(
-        "qmatmul_nf4_subgroup"
-            + "qmatmul_gemv"
-            + "weights_nf4_x4"
-            + "weights_x4"
-            + "weights_nf4_scales"
-            + "qmatmul_tail",
-        sixteen_rows,
-        few_rows_subgroups
-    ),
-    wgsl!(
-        "qmatmul_nf4_broadcast"
-            + "qmatmul_broadcast"
-            + "weights_nf4_x4"
-            + "weights_x4"
-            + "weights_nf4_scales"
-            + "qmatmul_tail",
-        tiles_64x16,
-        on_a_processor
-    ),
-];
-pub const KERNELS_NF4DQ: &[Kernel] = &[
-    wgsl!(
-        "qmatmul_nf4dq_naive" + "weights_nf4dq" + "weights_nf4dq_scales" + "qmatmul_tail",
-        one_output_an_invocation,
-        always
-    ),
-    wgsl!(
-        "qmatmul_nf4dq_tiled" + "qmatmul_tiled" + "weights_nf4dq" + "weights_nf4dq_scales" + "qmatmul_tail",
-        tiles_64x64,
-        always
-    ),
-    wgsl!(
-        "qmatmul_nf4dq_workgroup"
-            + "qmatmul_gemv"
-            + "weights_nf4dq_x4"
-            + "weights_x4"
-            + "weights_nf4dq_scales"
-            + "qmatmul_tail",
-        sixteen_rows_with_tree,
-        few_rows
-    ),
-    wgsl!(
-        "qmatmul_nf4dq_subgroup"
-            + "qmatmul_gemv"
-            + "weights_nf4dq_x4"
-            + "weights_x4"
-            + "weights_nf4dq_scales"
-            + "qmatmul_tail",
-        sixteen_rows,
-        few_rows_subgroups
-    ),
-    wgsl!(
-        "qmatmul_nf4dq_broadcast"
-            + "qmatmul_broadcast"
-            + "weights_nf4dq_x4"
-            + "weights_x4"
-            + "weights_nf4dq_scales"
-            + "qmatmul_tail",
-        tiles_64x16,
-        on_a_processor
-    ),
-];
+/// `shaders/<words>.wgsl`.
+macro_rules! shader {
+    ($($word:literal)*) => { crate::op::file!(concat!("shaders/", $($word,)* ".wgsl")) };
+}
+
+/// A format's rungs, the scales' file too where there is one.
+macro_rules! kernels {
+    ($name:ident, $word:literal $(, $scales:literal)?) => {
+        pub const $name: &[Kernel] = &[
+            rung(
+                concat!("qmatmul_", $word, "_naive"),
+                &[shader!("qmatmul_" $word "_naive"), shader!("weights_" $word), $(shader!($scales),)? TAIL],
+                one_output_an_invocation,
+                always,
+            ),
+            rung(
+                concat!("qmatmul_", $word, "_tiled"),
+                &[shader!("qmatmul_" $word "_tiled"), TILED, shader!("weights_" $word), $(shader!($scales),)? TAIL],
+                tiles_64x64,
+                many_rows,
+            ),
+            rung(
+                concat!("qmatmul_", $word, "_workgroup"),
+                &[
+                    shader!("qmatmul_" $word "_workgroup"), GEMV,
+                    shader!("weights_" $word "_x4"), X4, $(shader!($scales),)? TAIL,
+                ],
+                sixteen_rows_with_tree,
+                few_rows,
+            ),
+            rung(
+                concat!("qmatmul_", $word, "_subgroup"),
+                &[
+                    shader!("qmatmul_" $word "_subgroup"), GEMV,
+                    shader!("weights_" $word "_x4"), X4, $(shader!($scales),)? TAIL,
+                ],
+                sixteen_rows,
+                few_rows_subgroups,
+            ),
+            rung(
+                concat!("qmatmul_", $word, "_broadcast"),
+                &[
+                    shader!("qmatmul_" $word "_broadcast"), BROADCAST,
+                    shader!("weights_" $word "_x4"), X4, $(shader!($scales),)? TAIL,
+                ],
+                tiles_64x16,
+                on_a_processor,
+            ),
+            x_in_f16(rung(
+                concat!("qmatmul_", $word, "_coopmat"),
+                &[
+                    shader!("qmatmul_" $word "_coopmat"), COOPMAT,
+                    shader!("weights_" $word), $(shader!($scales),)? TAIL,
+                ],
+                tiles_of_subgroups,
+                subgroups_of_32,
+            )),
+        ];
+    };
+}
+kernels!(KERNELS_F32, "f32");
+kernels!(KERNELS_F16, "f16");
+kernels!(KERNELS_BF16, "bf16");
+kernels!(KERNELS_Q4, "q4", "weights_q4_scales");
+kernels!(KERNELS_Q8, "q8", "weights_q8_scales");
+kernels!(KERNELS_NF4, "nf4", "weights_nf4_scales");
+kernels!(KERNELS_NF4DQ, "nf4dq", "weights_nf4dq_scales");
+
+const TILED: File = shader!("qmatmul_tiled");
+const GEMV: File = shader!("qmatmul_gemv");
+const BROADCAST: File = shader!("qmatmul_broadcast");
+const COOPMAT: File = shader!("qmatmul_coopmat");
+const X4: File = shader!("weights_x4");
+const TAIL: File = shader!("qmatmul_tail");
+
+const fn rung(
+    stem: &'static str,
+    files: &'static [File],
+    launch: fn(&Dims) -> Launch,
+    supports: fn(&Dims, &Caps) -> bool,
+) -> Kernel {
+    Kernel { stem, source: Source::Wgsl(files), act: Dtype::F32, launch, supports }
+}
+
+/// A kernel whose activations, and what it rounds, are f16.
+const fn x_in_f16(kernel: Kernel) -> Kernel {
+    Kernel { act: Dtype::F16, ..kernel }
+}
 
 fn launch(groups: [usize; 2], block: u32, shared_bytes: u32) -> Launch {
     Launch { grid: [groups[0] as u32, groups[1] as u32, 1], block: [block, 1, 1], shared_bytes }
@@ -227,6 +122,10 @@ fn one_output_an_invocation(d: &Dims) -> Launch {
 
 fn tiles_64x64(d: &Dims) -> Launch {
     launch([d["N"].div_ceil(64), d["M"].div_ceil(64)], 64, 8192)
+}
+
+fn tiles_of_subgroups(d: &Dims) -> Launch {
+    Launch { block: [128, 1, 1], shared_bytes: 10240, ..tiles_64x64(d) }
 }
 
 fn tiles_64x16(d: &Dims) -> Launch {
@@ -246,6 +145,10 @@ fn whole_chunks(d: &Dims) -> bool {
     d["K"].is_multiple_of(32)
 }
 
+fn many_rows(d: &Dims, _: &Caps) -> bool {
+    d["M"] >= MANY_ROWS
+}
+
 fn few_rows(d: &Dims, _: &Caps) -> bool {
     d["M"] <= FEW_ROWS && whole_chunks(d)
 }
@@ -256,4 +159,8 @@ fn few_rows_subgroups(d: &Dims, caps: &Caps) -> bool {
 
 fn on_a_processor(d: &Dims, caps: &Caps) -> bool {
     caps.software && caps.subgroup.0 >= 8 && d["M"] >= BROADCAST_ROWS && whole_chunks(d)
+}
+
+fn subgroups_of_32(_: &Dims, caps: &Caps) -> bool {
+    caps.coopmat && caps.f16 && caps.subgroup == (32, 32)
 }

@@ -1,12 +1,12 @@
 //! `qmatmul_t`: `dx[M,K] = dy[M,N] · deq(W[N,K]) + dS[M,R] · A[R,K] (+ dx[M,K])`, the gradient that flows back through
 //! frozen packed weights and their adapter
 //!
-//! One spec for each weight format, with the arguments that hold W as in `qmatmul`. The sum runs over the rows of W, while
-//! its scales lie along K: a kernel decodes a panel of W and multiplies, and W never exists whole.
+//! One spec for each weight format, with the arguments that hold W as in `qmatmul`. The sum runs over the rows of W,
+//! while its scales lie along K: a kernel decodes a panel of W and multiplies, and W never exists whole.
 //!
-//! dy is columns Y0..Y0+N of a matrix `[M,LDY]`. With `ACC` = 1 the result is added to dx, which is how several terms meet
-//! in one dx, one launch after another and so in an order: q, k and v of one input, gate and up, the shards of one W. With
-//! `ACC` = 0 dx is written and its old value never read. `R` may be 0: `ds` and `a` are then empty.
+//! dy is columns Y0..Y0+N of a matrix `[M,LDY]`. With `ACC` = 1 the result is added to dx, which is how several terms
+//! meet in one dx, one launch after another and so in an order: q, k and v of one input, gate and up, the shards of one
+//! W. With `ACC` = 0 dx is written and its old value never read. `R` may be 0: `ds` and `lora_a` are then empty.
 //!
 //! dS = s·dy·B is `lora_backward`'s. With dropout on the adapter's input its term passes the mask first: give this op
 //! R = 0, make dS·A by a second launch in f32 with A in the place of W, and add it by `dropout`.
@@ -32,8 +32,8 @@ const TOLERANCE: Tolerance = Tolerance {
     roundings: |d| ((d["N"] + d["R"]) as f64).sqrt() + 6.0,
     nmse: 1e-11,
     why: "N + R products are summed and their roundings, independent of each other, grow with sqrt(N + R); decoding a \
-          weight takes two more, a group's scale two, the low-rank term and what dx held before one each. An affine weight \
-          counts with |scale·code| + |min|, since a kernel may sum the two parts apart",
+          weight takes two more, a group's scale two, the low-rank term and what dx held before one each. An affine \
+          weight counts with |scale·code| + |min|, since a kernel may sum the two parts apart",
 };
 
 // Dims of the cases: M, N, K, LDY, Y0, R, ACC, then the format's.
@@ -51,6 +51,12 @@ const Q4_CASES: &[Case] = &[
     case(&[3, 65, 48, 65, 0, 0, 0, 16, 1], "groups of 16, f32 scales, half a vector of bytes left over"),
     case(&[65, 7, 256, 7, 0, 8, 0, 64, 1], "groups of 64, f32 scales, rank 8"),
     case(&[2, 257, 384, 257, 0, 33, 1, 128, 0], "groups of 128, odd rank, added to dx"),
+    case(
+        &[130, 136, 192, 152, 8, 0, 1, 16, 0],
+        "past tiles of 64 and 128, groups of 16, part of a wider dy, added to dx",
+    ),
+    case(&[66, 67, 288, 72, 0, 20, 0, 32, 1], "rows of W past a tile, an odd number; f32 scales, rank 20"),
+    case(&[17, 129, 256, 136, 0, 0, 0, 128, 1], "groups of 128, f32 scales"),
     case(&[33, 192, 576, 192, 0, 8, 0, 32, 0], "SmolLM2-135M's keys"),
     case(&[16, 576, 1536, 576, 0, 8, 1, 32, 0], "SmolLM2-135M's down projection"),
 ];
@@ -60,6 +66,9 @@ const Q8_CASES: &[Case] = &[
     case(&[3, 65, 48, 65, 0, 0, 0, 16, 1, 0], "groups of 16, f32 scales, as Q6_K becomes"),
     case(&[65, 7, 256, 7, 0, 8, 0, 32, 1, 1], "f32 scales and mins, as Q5_K becomes"),
     case(&[2, 257, 384, 257, 0, 33, 1, 128, 0, 1], "groups of 128 with f16 mins, odd rank, added to dx"),
+    case(&[130, 136, 192, 152, 8, 0, 1, 16, 0, 1], "past tiles of 64 and 128, groups of 16 with f16 mins, added to dx"),
+    case(&[66, 67, 304, 72, 0, 20, 0, 16, 1, 1], "rows of W past a tile, an odd number; 19 groups, f32 mins, rank 20"),
+    case(&[17, 129, 256, 136, 0, 0, 0, 128, 1, 0], "groups of 128, f32 scales"),
     case(&[33, 192, 576, 192, 0, 8, 0, 32, 0, 0], "SmolLM2-135M's keys"),
     case(&[16, 768, 576, 768, 0, 0, 1, 32, 0, 0], "a slice of SmolLM2-135M's head, added to dx"),
 ];
@@ -68,6 +77,8 @@ const NF4_CASES: &[Case] = &[
     case(&[7, 33, 192, 40, 7, 1, 1], "tails, part of a wider dy, rank 1, added to dx"),
     case(&[65, 7, 320, 7, 0, 8, 0], "rank 8"),
     case(&[2, 257, 576, 257, 0, 33, 1], "nine blocks; a nested block ends inside a row; odd rank, added to dx"),
+    case(&[130, 136, 192, 152, 8, 0, 1], "past tiles of 64 and 128, part of a wider dy, added to dx"),
+    case(&[66, 67, 320, 72, 0, 20, 0], "rows of W past a tile, an odd number; rank 20"),
     case(&[33, 192, 576, 192, 0, 8, 0], "SmolLM2-135M's keys"),
 ];
 

@@ -1,10 +1,10 @@
 //! A CUDA driver without a card: the calls that the `cuda` device makes, launches run on ptx-sim. It is loaded in the
-//! driver's place by tests, and refuses what a driver refuses: a thread without a context, a foreign address, a copy past
-//! an allocation, too much shared memory without opting in.
+//! driver's place by tests, and refuses what a driver refuses: a thread without a context, a foreign address, a copy
+//! past an allocation, too much shared memory without opting in.
 //!
-//! `FAKE_CUDA` is a list of what to pretend, separated by commas: `old_driver`, `no_device`, `broken_driver`, `old_card`,
-//! `two_cards`, `no_pool`, `bytes=N` (the card's memory), `no_resources` (launches are refused), `idle` (launches do nothing). `FAKE_CUDA_LOG` names a
-//! file that each call adds a line to.
+//! `FAKE_CUDA` is a list of what to pretend, separated by commas: `old_driver`, `no_device`, `broken_driver`,
+//! `old_card`, `two_cards`, `no_pool`, `bytes=N` (the card's memory), `no_resources` (launches are refused), `idle`
+//! (launches do nothing), `only=STEM` (launches of other kernels do nothing). `FAKE_CUDA_LOG` names a file that each call adds a line to.
 
 mod memory;
 mod module;

@@ -325,8 +325,11 @@ impl Machine<'_> {
                 }
             }
             // Of lanes that read one place, the first and the last stand for all.
-            let ends = 1 << span.good.trailing_zeros() | 1 << (31 - span.good.leading_zeros());
-            let lanes = if span.good != 0 && span.uniform() { span.good & ends } else { span.good };
+            let lanes = if span.good != 0 && span.uniform() {
+                1 << span.good.trailing_zeros() | 1 << (31 - span.good.leading_zeros())
+            } else {
+                span.good
+            };
             for l in (0..32u32).filter(|l| lanes >> l & 1 == 1) {
                 self.touch_shared(w, how, span.offsets[l as usize], bytes, l, false);
             }

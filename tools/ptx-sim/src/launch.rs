@@ -63,8 +63,8 @@ pub enum Param {
     Buffer(BufferId),
     /// An address within a buffer: the buffer and bytes from its start.
     Offset(BufferId, u32),
-    /// The address of a part of a buffer: bytes from its start, a multiple of 256, and how many. What lies beside them is
-    /// out of bounds, as if the part were a buffer of its own.
+    /// The address of a part of a buffer: bytes from its start, a multiple of 256, and how many. What lies beside them
+    /// is out of bounds, as if the part were a buffer of its own.
     View(BufferId, usize, usize),
     /// Bytes, as many as the parameter has.
     Bytes(Vec<u8>),

@@ -79,5 +79,5 @@ pub use counts::{BufferCount, Counts, LineCount, SharedTraffic, Traffic};
 pub use error::{Error, Place};
 pub use launch::{launch, shared_limit, Entry, Launch, Module, Options, Param, Report};
 pub use memory::{BufferId, Memory};
-pub use mutate::{mutants, Mutant};
+pub use mutate::{mutants, Class, Mutant};
 pub use trace::{TraceStep, TraceWarp, Traced};

@@ -33,6 +33,8 @@ fn out_of_bounds_is_exact_to_the_buffer() {
     assert!(f.message.contains("offset -4 of argument `p1`"), "{}", f.message);
     let shared = kernel(0, ".shared .b8 s[64]; mov.u32 %r0, 64; st.shared.u32 [%r0], %r0; // here\nret;");
     one(&shared, 1, 1, &[], Kind::OutOfBounds, "here");
+    let load = kernel(0, ".shared .b8 s[64]; mov.u32 %r0, 64; ld.shared.u32 %r1, [%r0]; // here\nret;");
+    assert_eq!(one(&load, 1, 32, &[], Kind::OutOfBounds, "here").count, 32, "no lane may load");
     let null = kernel(0, "mov.u64 %d0, 0; ld.global.u32 %r0, [%d0]; // here\nret;");
     assert!(one(&null, 1, 1, &[], Kind::OutOfBounds, "here").message.contains("null pointer"));
 }
