@@ -1,7 +1,7 @@
 // exact: functions whose errors WGSL leaves wide, to about one unit in the last place     appended to kernels
 //
-// WGSL allows exp 3 + 2|x| ulp, a quotient 2.5, a root 2 and more. Infinities and NaN are not made on the way, since a
-// compiler may take it that there are none.
+// WGSL allows exp 3 + 2|x| ulp, a quotient 2.5, a root 2 and more, log 2^−21 near 1. Infinities and NaN are not made on
+// the way, since a compiler may take it that there are none.
 
 /// e^x within 1.1 ulp; 0 below e^−86.5, as processors are slow with denormal numbers or flush them; x at most 88.7,
 /// whose result is near the largest number.
@@ -32,4 +32,15 @@ fn exact_divide(a: f32, b: f32) -> f32 {
 fn exact_rsqrt(v: f32) -> f32 {
     let s = inverseSqrt(v);
     return fma(s, fma(-0.5 * v * s, s, 0.5), s);
+}
+
+/// √v for v ≥ 0; below 1e-37 less than that.
+fn exact_sqrt(v: f32) -> f32 {
+    return v * exact_rsqrt(max(v, 1e-37));
+}
+
+/// ln v for v ≥ 1: one step of Newton's on the built-in one, the root of e^y − v.
+fn exact_ln(v: f32) -> f32 {
+    let y = log(v);
+    return y + fma(v, exact_exp(-y), -1.0);
 }

@@ -4,6 +4,8 @@
 mod adapters;
 #[path = "train/data.rs"]
 mod data;
+#[path = "train/devices.rs"]
+mod devices;
 #[path = "train/peft.rs"]
 mod peft;
 #[path = "models/reference.rs"]
@@ -29,6 +31,18 @@ pub fn model(name: &str) -> PathBuf {
     let path = folder.join(name);
     assert!(path.exists(), "{} is missing: run tools/fetch_models, or set HANDMILL_MODELS", path.display());
     path
+}
+
+/// True when there is an adapter for WGSL; a machine need not have one unless HANDMILL_REQUIRE_WGPU is set.
+pub fn has_adapter() -> bool {
+    match handmill::device::open("wgpu") {
+        Ok(_) => true,
+        Err(reason) if std::env::var_os("HANDMILL_REQUIRE_WGPU").is_some() => panic!("{reason}"),
+        Err(reason) => {
+            eprintln!("not tested: {reason}");
+            false
+        }
+    }
 }
 
 /// SmolLM2-135M.

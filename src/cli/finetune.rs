@@ -209,7 +209,7 @@ impl Finetune {
         let settings =
             Settings { beta1: 0.9, beta2: 0.999, eps: 1e-8, decay: self.weight_decay, max_norm: self.grad_clip };
         let mut trainer = Trainer {
-            optimizer: Optimizer::new(device.clone(), settings)?,
+            optimizer: Optimizer::new(device.clone(), settings, parameters.len)?,
             llama: model.llama,
             parameters,
             passes,

@@ -86,7 +86,7 @@ pub static ADAMW: OpSpec = OpSpec {
 
 const NORM_CPU: &[Kernel] = &[rust("squared_norm_f32_parts", parts, always)];
 const NORM_PTX: &[Kernel] = &[ptx!("squared_norm_f32_block", a_part_a_block, always)];
-const NORM_WGSL: &[Kernel] = &[];
+const NORM_WGSL: &[Kernel] = &[wgsl!("squared_norm_f32_workgroup", a_part_a_group, bindable)];
 
 const CPU: &[Kernel] = &[
     rust("adamw_f32_chunks", |d, args| in_chunks(d, args, update), always),
@@ -94,11 +94,21 @@ const CPU: &[Kernel] = &[
     rust("adamw_f32_chunks_avx2", |d, args| in_chunks(d, args, update_avx2), has_avx2),
 ];
 const PTX: &[Kernel] = &[ptx!("adamw_f32_vec4", four_elements_a_thread, always)];
-const WGSL: &[Kernel] = &[];
+const WGSL: &[Kernel] = &[wgsl!("adamw_f32_flat" + "exact", |d| flat(d["N"].div_ceil(16)), bindable)];
 
 /// A block of 512 threads for each part.
 fn a_part_a_block(d: &Dims) -> Launch {
     Launch { grid: [d["P"] as u32, 1, 1], block: [512, 1, 1], shared_bytes: 0 }
+}
+
+/// A buffer that one argument cannot bind is taken piece by piece.
+fn bindable(d: &Dims, caps: &Caps) -> bool {
+    4 * d["N"] <= caps.max_binding
+}
+
+/// A group of 256 invocations for each part, with a word of workgroup memory each.
+fn a_part_a_group(d: &Dims) -> Launch {
+    Launch { grid: [d["P"] as u32, 1, 1], block: [256, 1, 1], shared_bytes: 1024 }
 }
 
 /// A block of 256 threads takes 1024 elements.

@@ -124,7 +124,7 @@ const STATS_PTX: &[Kernel] = &[
         d["D"] <= 128 && queries_a_block(d).shared_bytes <= caps.shared_bytes
     }),
 ];
-const STATS_WGSL: &[Kernel] = &[];
+const STATS_WGSL: &[Kernel] = &[wgsl!("attention_stats_f32_workgroup" + "exact", |d| heads(d, d["M"], 512), always)];
 
 const CPU: &[Kernel] = &[
     rust("attention_backward_f32_naive", naive, always),
@@ -142,7 +142,13 @@ const PTX: &[Kernel] = &[
         d["D"] <= 128 && rows_a_block(d).shared_bytes <= caps.shared_bytes
     }),
 ];
-const WGSL: &[Kernel] = &[];
+const WGSL: &[Kernel] =
+    &[wgsl!("attention_backward_f32_workgroup" + "exact", |d| heads(d, d["M"] + d["C"], 1024), always)];
+
+/// A group of 64 invocations for each head of so many rows.
+fn heads(d: &Dims, rows: usize, shared_bytes: u32) -> Launch {
+    Launch { grid: [d["H"] as u32, rows as u32, 1], block: [64, 1, 1], shared_bytes }
+}
 
 /// A block of 128 threads holds four warps, each warp a query row and head.
 fn four_queries_a_block(d: &Dims) -> Launch {

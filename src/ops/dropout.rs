@@ -61,7 +61,7 @@ fn four_rows_a_block(d: &Dims) -> Launch {
     Launch { grid: [d["M"].div_ceil(4) as u32, 1, 1], block: [128, 1, 1], shared_bytes: 0 }
 }
 
-const WGSL: &[Kernel] = &[];
+const WGSL: &[Kernel] = &[wgsl!("dropout_f32_flat", |d| flat(d["M"] * d["K"]), always)];
 
 /// The dim DROP and the scalar `scale` for a probability 0 ≤ p < 1 of dropping: ⌊p·2³²⌋, 1/(1 − p). Panics for others.
 pub fn threshold(p: f64) -> (usize, f32) {

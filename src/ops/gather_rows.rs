@@ -45,7 +45,7 @@ fn four_rows_a_block(d: &Dims) -> Launch {
     Launch { grid: [d["N"].div_ceil(4) as u32, 1, 1], block: [128, 1, 1], shared_bytes: 0 }
 }
 
-const WGSL: &[Kernel] = &[];
+const WGSL: &[Kernel] = &[wgsl!("gather_rows_f32_flat", |d| flat(d["N"] * d["K"]), always)];
 
 /// Indices up to M, which is none; the last one far beyond.
 fn indices(d: &Dims, rng: &mut ChaCha8Rng) -> HostTensor {

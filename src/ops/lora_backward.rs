@@ -89,7 +89,7 @@ const CPU: &[Kernel] = &[
     rust("lora_backward_f32_blocked_avx512", |d, args| blocked(d, args, Simd::Avx512), has_avx512),
 ];
 const PTX: &[Kernel] = &[ptx!("lora_backward_f32_block", tokens_then_columns, always)];
-const WGSL: &[Kernel] = &[];
+const WGSL: &[Kernel] = &[wgsl!("lora_backward_f32_workgroup", four_ranks_a_group, always)];
 
 const CPU_A: &[Kernel] = &[
     rust("lora_backward_a_f32_naive", naive_a, always),
@@ -98,7 +98,17 @@ const CPU_A: &[Kernel] = &[
     rust("lora_backward_a_f32_columns_avx512", |d, args| columns(d, args, Simd::Avx512), has_avx512),
 ];
 const PTX_A: &[Kernel] = &[ptx!("lora_backward_a_f32_block", columns_a_block, always)];
-const WGSL_A: &[Kernel] = &[];
+const WGSL_A: &[Kernel] = &[wgsl!("lora_backward_a_f32_columns", |d| four_ranks(d["K"].div_ceil(64), d, 0), always)];
+
+/// A group for each token's dS and for 64 rows of dB, with four words of workgroup memory an invocation.
+fn four_ranks_a_group(d: &Dims) -> Launch {
+    four_ranks(d["M"] + d["N"].div_ceil(64), d, 1024)
+}
+
+/// 64 invocations, four ranks each.
+fn four_ranks(groups: usize, d: &Dims, shared_bytes: u32) -> Launch {
+    Launch { grid: [groups as u32, d["R"].div_ceil(4) as u32, 1], block: [64, 1, 1], shared_bytes }
+}
 
 /// Blocks of 256 threads, each eight ranks of eight tokens of dS, then of 32 columns of dB.
 fn tokens_then_columns(d: &Dims) -> Launch {

@@ -66,7 +66,12 @@ fn four_tokens_a_block(d: &Dims) -> Launch {
     Launch { grid: [d["M"].div_ceil(4) as u32, d["R"].div_ceil(8) as u32, 1], block: [128, 1, 1], shared_bytes: 0 }
 }
 
-const WGSL: &[Kernel] = &[];
+const WGSL: &[Kernel] = &[wgsl!("lora_shrink_f32_workgroup", four_ranks_a_group, always)];
+
+/// Four words of workgroup memory an invocation.
+fn four_ranks_a_group(d: &Dims) -> Launch {
+    Launch { grid: [d["M"] as u32, d["R"].div_ceil(4) as u32, 1], block: [64, 1, 1], shared_bytes: 1024 }
+}
 
 /// Indices of adapters, −1 among them.
 fn adapters(d: &Dims, rng: &mut ChaCha8Rng) -> HostTensor {

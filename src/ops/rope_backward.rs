@@ -58,7 +58,7 @@ fn four_heads_a_block(d: &Dims) -> Launch {
     Launch { grid: [d["M"] as u32, d["H"].div_ceil(4) as u32, 1], block: [128, 1, 1], shared_bytes: 0 }
 }
 
-const WGSL: &[Kernel] = &[];
+const WGSL: &[Kernel] = &[wgsl!("rope_backward_f32_flat", |d| flat(d["M"] * d["H"] * d["D"] / 2), always)];
 
 /// The definition, by indices.
 fn oracle(d: &Dims, args: &[HostTensor]) -> Vec<Expected> {

@@ -56,7 +56,7 @@ fn four_elements_a_thread(d: &Dims) -> Launch {
     Launch { grid: [(d["M"] * d["F"]).div_ceil(1024) as u32, 1, 1], block: [256, 1, 1], shared_bytes: 0 }
 }
 
-const WGSL: &[Kernel] = &[];
+const WGSL: &[Kernel] = &[wgsl!("swiglu_backward_f32_flat" + "exact", |d| flat(d["M"] * d["F"]), always)];
 
 /// Normal of standard deviation 1, 5 and 40 in turn, no farther than 100 from zero: sigmoid's slope and both its ends.
 fn gates_near_and_far(d: &Dims, rng: &mut ChaCha8Rng) -> HostTensor {

@@ -160,7 +160,7 @@ fn twenty_steps_follow_peft() {
     let reference = reference();
     let (llama, parameters, mut passes) = open(30);
     let settings = Settings { beta1: 0.9, beta2: 0.999, eps: 1e-8, decay: 0.01, max_norm: 0.0 };
-    let optimizer = Optimizer::new(llama.device.clone(), settings).unwrap();
+    let optimizer = Optimizer::new(llama.device.clone(), settings, parameters.len).unwrap();
     let windows: Vec<Batch> = (0..4).map(window).collect();
     for (step, expected) in reference["loss_curve"].as_array().unwrap().iter().enumerate() {
         let (batch, expected) = (&windows[step % 4], expected.as_f64().unwrap());

@@ -1,6 +1,6 @@
 //! Runs through the tool on a tiny model: what they leave, that they repeat themselves, and that they can be cut off.
 
-use super::{fixture, handmill, json, write_tiny};
+use super::{fixture, handmill, has_adapter, json, write_tiny};
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -146,6 +146,30 @@ fn a_run_learns_and_leaves_its_files() {
     assert_eq!(fs::metadata(place.path("out/train.tokens")).unwrap().modified().unwrap(), stamp);
     let other = place.run("other", &[&SETTINGS[..], &more, &["--seed", "1"]].concat());
     assert_ne!(other["adapter_sha256"], report["adapter_sha256"]);
+}
+
+#[test]
+fn a_run_on_an_adapter_follows_that_of_the_cpu() {
+    if !has_adapter() {
+        return;
+    }
+    let place = Place::new();
+    let more = ["--steps", "8", "--eval-data", &place.text("eval.jsonl"), "--grad-clip", "1"];
+    let run = |out: &str, device: &str| place.run(out, &[&SETTINGS[..], &more, &["--device", device]].concat());
+    let (report, on_cpu) = (run("wgpu", "wgpu"), run("cpu", "cpu"));
+    assert_eq!(report["status"], "finished");
+    let number = |report: &Value, key: &str| report[key].as_f64().unwrap();
+    assert!(number(&report, "eval_loss_best") < number(&report, "eval_loss_before"), "{report}");
+    // The loss before any step errs by the logits' 1e-5. AdamW divides a gradient by its own size, so small ones of
+    // uncertain sign move parameters by as much as large ones do: later losses drift apart.
+    for (i, (got, expected)) in place.metrics("wgpu").iter().zip(&place.metrics("cpu")).enumerate() {
+        let off = (number(got, "loss") - number(expected, "loss")).abs();
+        assert!(off < if i == 0 { 1e-5 } else { 5e-3 } * number(expected, "loss"), "step {i}: {got}, {expected}");
+    }
+    assert_eq!(number(&report, "steps"), number(&on_cpu, "steps"));
+    // The same run gives the same bytes.
+    run("again", "wgpu");
+    assert_eq!(place.adapter("again"), place.adapter("wgpu"));
 }
 
 /// Starts a run and waits until it has told of `steps` steps.

@@ -19,7 +19,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 /// Two documents and their labels; -100 is not predicted.
-fn documents() -> Vec<(Vec<u32>, Vec<i32>)> {
+pub fn documents() -> Vec<(Vec<u32>, Vec<i32>)> {
     let first = [1, 99, 0, 42, 7, 7, 63, 12, 5, 88, 31, 2, 77];
     let second = [9, 14, 60, 3, 3, 71, 20];
     let labels = |ids: &[u32], masked: usize| {
@@ -28,14 +28,15 @@ fn documents() -> Vec<(Vec<u32>, Vec<i32>)> {
     vec![(first.to_vec(), labels(&first, 4)), (second.to_vec(), labels(&second, 0))]
 }
 
-fn batch(documents: &[(Vec<u32>, Vec<i32>)]) -> Batch {
+/// Documents side by side.
+pub fn batch(documents: &[(Vec<u32>, Vec<i32>)]) -> Batch {
     let mut batch = Batch::default();
     documents.iter().for_each(|(ids, labels)| batch.push(ids, labels));
     batch
 }
 
 /// An adapter of rank 4 with both factors other than zero.
-fn adapter(llama: &Llama, targets: &[&str], seed: u64) -> Adapter {
+pub fn adapter(llama: &Llama, targets: &[&str], seed: u64) -> Adapter {
     let targets: Vec<&'static str> = TARGETS.iter().map(|t| t.0).filter(|t| targets.contains(t)).collect();
     let config = LoraConfig { r: 4, alpha: 6.0, rslora: true, dropout: 0.0, targets, base: None };
     let mut adapter = parameters::fresh(&llama.config, config, seed);
@@ -119,7 +120,8 @@ fn check(path: &Path, shape: &Shape, weights: &Weights, options: &LoadOptions, t
     }
 }
 
-const ALL: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+/// Every projection.
+pub const ALL: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
 #[test]
 fn gradients_of_every_architecture() {

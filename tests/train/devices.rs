@@ -1,0 +1,83 @@
+//! The gradients of one step on every device that needs no hardware, against the CPU's.
+
+use super::has_adapter;
+use super::reference::Shape;
+use super::tiny::{adapter, batch, documents, ALL};
+use super::tiny_models::{self as tiny, Blocks, LLAMA};
+use handmill::device;
+use handmill::model::checkpoint::Checkpoint;
+use handmill::model::llama::Llama;
+use handmill::model::weights::LoadOptions;
+use handmill::quant::Format;
+use handmill::tensor::Dtype;
+use handmill::train::backward::{Dropout, Passes};
+use handmill::train::parameters::Parameters;
+use std::path::Path;
+
+/// A model and how it is loaded.
+struct Model<'a> {
+    path: &'a Path,
+    quant: Option<Format>,
+}
+
+/// The loss and the gradients of a batch, added up over two passes of it, the second with other masks.
+fn gradients(model: &Model<'_>, device: &str, dropout: bool) -> (f64, Vec<f32>) {
+    let options = LoadOptions { quant: model.quant, ..LoadOptions::default() };
+    let device = device::open(device).unwrap();
+    let mut llama = Llama::load(device, &Checkpoint::open(model.path).unwrap(), &options).unwrap();
+    let start = adapter(&llama, &ALL, 5);
+    let parameters = Parameters::new(&mut llama, &start).unwrap();
+    let mut passes = Passes::new(&llama, &parameters, 20, 13, 1, dropout).unwrap();
+    let mut loss = 0.0;
+    for pass in 0..2 {
+        let dropout = dropout.then_some(Dropout { p: 0.25, seed: 3, step: 2, row0: 20 * pass });
+        loss += passes.gradients(&llama, &parameters, &batch(&documents()), 0.05, dropout, pass > 0).unwrap();
+    }
+    // Padding between the modules is left out.
+    let gradients = parameters.adapter(&parameters.gradients, None).unwrap();
+    (loss, gradients.modules.into_iter().flat_map(|module| [module.a, module.b]).flatten().collect())
+}
+
+fn check(model: &Model<'_>, device: &str, dropout: bool) {
+    let (loss, on_cpu) = gradients(model, "cpu", dropout);
+    let (got_loss, got) = gradients(model, device, dropout);
+    let what = format!("{device}, {:?}, dropout {dropout}", model.quant);
+    assert!((got_loss - loss).abs() < 2e-5 * loss, "{what}: loss {got_loss}, {loss} on the CPU");
+    // An op of these sizes errs by some sqrt(128) + 8 roundings of 6e-8: 1.2e-6 of its result. A gradient has some 60 of
+    // them behind it, independent of each other: 1e-5, and so for either device.
+    let largest = on_cpu.iter().fold(0f32, |max, g| max.max(g.abs()));
+    let worst = got.iter().zip(&on_cpu).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(got.iter().all(|g| g.is_finite()) && largest > 0.0, "{what}: largest {largest}");
+    assert!(worst < 2e-5 * largest, "{what}: off by {worst:e}, the largest is {largest:e}");
+    println!("{what}: off by {:e} of the largest", worst / largest);
+    assert_eq!(gradients(model, device, dropout), (got_loss, got), "{what}: not the same bits again");
+}
+
+/// A plain model with and without dropout, GGUF blocks, and what a run quantizes.
+fn check_all(device: &str) {
+    let dir = tempfile::tempdir().unwrap();
+    let shape = Shape { bias: true, ..LLAMA };
+    let weights = tiny::random(&shape, 11);
+    tiny::write_hf(dir.path(), &shape, &weights, Dtype::BF16);
+    for dropout in [false, true] {
+        check(&Model { path: dir.path(), quant: None }, device, dropout);
+    }
+    for format in [Format::Nf4, Format::Nf4Dq, Format::parse("q8").unwrap()] {
+        check(&Model { path: dir.path(), quant: Some(format) }, device, false);
+    }
+    let path = dir.path().join("tiny.gguf");
+    tiny::write_gguf(&path, &LLAMA, &tiny::random(&LLAMA, 12), Blocks::Q4);
+    check(&Model { path: &path, quant: None }, device, false);
+}
+
+#[test]
+fn gradients_on_an_adapter_are_those_of_the_cpu() {
+    if has_adapter() {
+        check_all("wgpu");
+    }
+}
+
+#[test]
+fn gradients_in_ptx_are_those_of_the_cpu() {
+    check_all("ptx-sim");
+}
