@@ -10,7 +10,7 @@ use handmill::model::weights::LoadOptions;
 use handmill::npy;
 use serde_json::json;
 
-use super::{note, peak_bytes, print_json, progress, read_text, spinner, Common, ModelFlag};
+use super::{note, peak_bytes, print_json, progress, read_text, spinner, Common, ModelFlag, Precision};
 
 /// Lines embedded between two steps of the progress bar: enough to sort into batches of like lengths.
 const GROUP: usize = 1024;
@@ -30,6 +30,8 @@ pub struct Embed {
     #[arg(long, value_name = "OUT.npy")]
     out: PathBuf,
     #[command(flatten)]
+    precision: Precision,
+    #[command(flatten)]
     common: Common,
 }
 
@@ -39,8 +41,12 @@ impl Embed {
         let lines: Vec<&str> = text.lines().collect();
         let device = self.common.open_device()?;
         let loading = spinner(format!("loading {}", self.model.model.display()));
-        let embedder = Embedder::open(&self.model.model, device.clone(), &LoadOptions::default())
-            .context("cannot open the model (the Hugging Face directory of a BERT sentence embedder)")?;
+        let embedder = Embedder::open(
+            &self.model.model,
+            device.clone(),
+            &LoadOptions { bf16: self.precision.bf16, ..LoadOptions::default() },
+        )
+        .context("cannot open the model (the Hugging Face directory of a BERT sentence embedder)")?;
         loading.finish_and_clear();
 
         let (n, d) = (lines.len(), embedder.width());

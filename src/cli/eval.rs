@@ -9,7 +9,7 @@ use handmill::aside;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
 
-use super::{note, open_model, peak_bytes, print_json, progress, read_text, AdapterFlag, Common, ModelFlag};
+use super::{note, open_model, peak_bytes, print_json, progress, read_text, AdapterFlag, Common, ModelFlag, Precision};
 
 /// Measure a model's perplexity on a text
 ///
@@ -31,6 +31,8 @@ pub struct Eval {
     #[arg(long, value_name = "OUT.safetensors")]
     logprobs: Option<PathBuf>,
     #[command(flatten)]
+    precision: Precision,
+    #[command(flatten)]
     common: Common,
 }
 
@@ -38,7 +40,7 @@ impl Eval {
     pub fn run(&self) -> Result<()> {
         let text = read_text(&self.text)?;
         let device = self.common.open_device()?;
-        let model = open_model(&self.model.model, &self.adapter, &device)?;
+        let model = open_model(&self.model.model, &self.adapter, &self.precision, &device)?;
         let mut ids = model.tokenizer.encode(&text)?;
         let (all, context) = (ids.len(), model.llama.config.max_positions);
         ids.truncate(self.max_tokens.map_or(context, |max| max as usize));

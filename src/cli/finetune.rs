@@ -27,7 +27,7 @@ use handmill::train::step::{Plan, Trainer};
 use serde_json::{json, Map, Value};
 
 use self::show::{show_profile, Display};
-use super::{note, spinner, Common, Interrupted, ModelFlag, Usage};
+use super::{note, spinner, Common, Interrupted, ModelFlag, Precision, Usage};
 
 /// Train a LoRA adapter on examples, over a model's weights as they are or quantized (QLoRA)
 ///
@@ -140,6 +140,8 @@ pub struct Finetune {
     /// Show how long each kernel took
     #[arg(long)]
     profile: bool,
+    #[command(flatten)]
+    precision: Precision,
     #[command(flatten)]
     common: Common,
 }
@@ -283,7 +285,7 @@ impl Finetune {
         let path = &self.model.model;
         let loading = spinner(format!("loading {}", path.display()));
         let base_sha256 = adapter::model_sha256(&Checkpoint::open(path)?)?;
-        let options = LoadOptions { quant, ..LoadOptions::default() };
+        let options = LoadOptions { quant, bf16: self.precision.bf16, ..LoadOptions::default() };
         let model = LanguageModel::open(path, device.clone(), &options)
             .context("cannot open the model (a .gguf file or a Hugging Face directory)")?;
         loading.finish_and_clear();

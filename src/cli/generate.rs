@@ -11,7 +11,9 @@ use handmill::model::generate::{Ending, GenerateOptions, Generated, LanguageMode
 use handmill::model::sampler::{self, Sampler, SamplerSettings};
 use serde_json::json;
 
-use super::{human_bytes, note, open_model, peak_bytes, print_json, read_text, AdapterFlag, Common, ModelFlag, Usage};
+use super::{
+    human_bytes, note, open_model, peak_bytes, print_json, read_text, AdapterFlag, Common, ModelFlag, Precision, Usage,
+};
 
 /// Continue a prompt
 ///
@@ -57,6 +59,8 @@ pub struct Generate {
     #[arg(long, value_name = "N", requires = "json")]
     top_logits: Option<usize>,
     #[command(flatten)]
+    precision: Precision,
+    #[command(flatten)]
     common: Common,
 }
 
@@ -95,7 +99,7 @@ impl Generate {
             _ => unreachable!("clap asks for one of the two"),
         };
         let device = self.common.open_device()?;
-        let model = open_model(&self.model.model, &self.adapter, &device)?;
+        let model = open_model(&self.model.model, &self.adapter, &self.precision, &device)?;
         let prompt_ids = self.prompt_ids(&model, prompt)?;
         if self.max_tokens > 0 && prompt_ids.is_empty() {
             anyhow::bail!("the prompt has no tokens, and this model begins no text by itself: give a prompt");
