@@ -142,8 +142,12 @@ const PTX: &[Kernel] = &[
         d["D"] <= 128 && rows_a_block(d).shared_bytes <= caps.shared_bytes
     }),
 ];
-const WGSL: &[Kernel] =
-    &[wgsl!("attention_backward_f32_workgroup" + "exact", |d| heads(d, d["M"] + d["C"], 1024), always)];
+const WGSL: &[Kernel] = &[
+    wgsl!("attention_backward_f32_workgroup" + "exact", |d| heads(d, d["M"] + d["C"], 1024), always),
+    wgsl!("attention_backward_f32_vec4" + "exact", |d| heads(d, d["M"] + d["C"], 3072), |d, _| {
+        d["D"].is_multiple_of(4) && d["D"] <= 256
+    }),
+];
 
 /// A group of 64 invocations for each head of so many rows.
 fn heads(d: &Dims, rows: usize, shared_bytes: u32) -> Launch {
