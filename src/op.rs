@@ -118,12 +118,14 @@ impl Expected {
     }
 }
 
-/// Bound on |kernel − oracle| of one element: `roundings(dims)` · u · magnitude, u the unit roundoff of the kernel's
-/// activations, and over the tensor the normalised mean square error.
+/// Bound on |kernel − oracle| of one element: `roundings(dims)` · u · magnitude, u the unit roundoff of f32, and over the
+/// tensor the normalised mean square error. Every kernel sums in f32. One with narrower activations rounds the factors of
+/// each product once more, to their type: that adds two roundings of its unit.
 pub struct Tolerance {
     /// How many roundings, each of relative size u, an element's terms may collect.
     pub roundings: fn(&Dims) -> f64,
-    /// Largest Σ(got−expected)² / Σ expected² over a tensor for f32 activations.
+    /// Largest Σ(got−expected)² / Σ expected² over a tensor for f32 activations; an element that cancels counts in the
+    /// second sum with magnitude / roundings.
     pub nmse: f64,
     /// Where these numbers come from.
     pub why: &'static str,

@@ -22,6 +22,8 @@ pub static ADD: OpSpec = OpSpec {
     tolerance: Tolerance { roundings: |_| 1.0, nmse: 1e-14, why: "one addition, rounded once" },
     cases: &[
         case(&[1, 1], "the smallest"),
+        case(&[1, 8], "whole vectors and nothing else"),
+        case(&[3, 6], "two elements past whole vectors"),
         case(&[7, 33], "both odd: tails of a warp and of a vec4"),
         case(&[65, 257], "more than one chunk, the last one short"),
         case(&[128, 576], "SmolLM2-135M"),
