@@ -26,6 +26,9 @@ struct Options {
     /// A .gguf file or a Hugging Face directory; SmolLM2-135M-Instruct of tools/fetch_models, if not given
     #[arg(long)]
     model: Option<PathBuf>,
+    /// Where to compute: a device of `handmill doctor`, or auto for the best there is
+    #[arg(long, default_value = "auto")]
+    device: String,
     /// Tokens of the prompt
     #[arg(long, default_value_t = 512)]
     prefill: usize,
@@ -48,7 +51,7 @@ fn main() -> Result<()> {
     let options = Options::parse();
     ensure!(options.rounds > 0 && options.prefill > 0 && options.decode > 0, "rounds and tokens begin at 1");
     let path = options.model.clone().map_or_else(smollm2, Ok)?;
-    let device = device::open("auto")?;
+    let device = device::open(&options.device)?;
     let model = LanguageModel::open(&path, device.clone(), &LoadOptions::default())
         .context("cannot open the model (run tools/fetch_models, or give --model)")?;
     let text_path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/ppl_text.txt");
