@@ -15,7 +15,8 @@ use std::sync::{Arc, Mutex};
 
 use super::checkpoint::Checkpoint;
 use super::config::{Arch, Config};
-use super::weights::{Embedding, Linear, LoadOptions, Loader};
+use super::linear::{Embedding, Linear};
+use super::weights::{LoadOptions, Loader};
 use crate::device::{self, Buffer, Device};
 use crate::error::Error;
 use crate::op::OpSpec;

@@ -19,8 +19,9 @@ use std::sync::Arc;
 
 use super::checkpoint::Checkpoint;
 use super::config::{Arch, Config, RopeScaling};
+use super::linear::{Embedding, Linear};
 use super::session::{Session, Workspace};
-use super::weights::{Embedding, Linear, LoadOptions, Loader};
+use super::weights::{LoadOptions, Loader};
 use crate::device::{self, Buffer, Device};
 use crate::error::Error;
 use crate::op::OpSpec;

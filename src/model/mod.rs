@@ -14,6 +14,7 @@ pub mod generate;
 pub mod gguf;
 pub mod hf;
 pub(crate) mod layout;
+pub mod linear;
 pub mod llama;
 pub mod merge;
 pub mod sampler;

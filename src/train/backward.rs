@@ -23,8 +23,8 @@ use crate::device::{self, Buffer, Device};
 use crate::error::Error;
 use crate::model::adapter::TARGETS;
 use crate::model::config::{Arch, Config};
+use crate::model::linear::Linear;
 use crate::model::llama::{Layer, Llama};
-use crate::model::weights::Linear;
 use crate::op::OpSpec;
 use crate::ops::{self, dropout};
 

@@ -16,8 +16,8 @@ use crate::device::{Buffer, Device};
 use crate::error::Error;
 use crate::model::adapter::{shape_of, Adapter, LoraConfig, Module, TARGETS};
 use crate::model::config::Config;
+use crate::model::linear::Lora;
 use crate::model::llama::Llama;
-use crate::model::weights::Lora;
 
 /// One module's places in the buffers.
 #[derive(Clone)]

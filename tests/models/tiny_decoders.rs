@@ -233,7 +233,7 @@ fn a_tied_head_shares_the_embedding() {
     let shape = tiny::qwen2();
     tiny::write_hf(dir.path(), &shape, &tiny::random(&shape, 8), Dtype::F16);
     let llama = load(dir.path(), &LoadOptions::default());
-    let part = |matrix: &handmill::model::weights::Matrix| matrix.shards[0].parts[0].clone();
+    let part = |matrix: &handmill::model::linear::Matrix| matrix.shards[0].parts[0].clone();
     assert!(part(&llama.embedding.matrix).overlaps(&part(&llama.head.matrix)));
 }
 
