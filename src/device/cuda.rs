@@ -125,11 +125,9 @@ fn describe(error: DriverError) -> String {
 fn probe() -> std::result::Result<usize, String> {
     // SAFETY: loads the driver's library by its name, which runs its initialisers.
     if !unsafe { sys::is_culib_present() } {
-        return Err(
-            "there is no NVIDIA driver here (libcuda.so.1, on Windows nvcuda.dll): install driver 535 or later \
-                    for an NVIDIA card, or use another device"
-                .into(),
-        );
+        let reason = "there is no NVIDIA driver here (libcuda.so.1, on Windows nvcuda.dll): install driver 535 or \
+                      later for an NVIDIA card, or use another device";
+        return Err(reason.into());
     }
     let mut version = 0;
     // SAFETY: the library is there, and every version of it has this call.
@@ -381,8 +379,9 @@ impl Device for Cuda {
 
     fn alloc(&self, bytes: usize) -> Result<Buffer> {
         let stream = self.stream()?;
-        let asked = bytes.max(1); // the driver refuses to allocate nothing
-                                  // SAFETY: fresh memory of the device, owned by `Owned` alone.
+        // The driver refuses to allocate nothing.
+        let asked = bytes.max(1);
+        // SAFETY: fresh memory of the device, owned by `Owned` alone.
         let allocated = unsafe {
             match self.context.pooled {
                 true => result::malloc_async(stream, asked),
