@@ -13,25 +13,7 @@ struct Params { M: u32, N: u32, K: u32, LDY: u32, Y0: u32, BIAS: u32, R: u32, s:
 @group(0) @binding(6) var<storage, read_write> y: array<f32>;           // [M,LDY]
 @group(0) @binding(7) var<uniform> p: Params;
 
-var<workgroup> partial: array<vec4<f32>, 64>;
-
 @compute @workgroup_size(64)
 fn qmatmul_nf4_workgroup(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) id: u32) {
-    let lane = id % 16u;
-    let n = group.x * 16u + id / 16u * 4u;
-    let rows = min(vec4(n) + vec4<u32>(0u, 1u, 2u, 3u), vec4(p.N - 1u));
-    for (var m = 0u; m < p.M; m++) {
-        partial[id] = dot_rows(m, rows, lane, 16u);
-        workgroupBarrier();
-        for (var half = 8u; half > 0u; half /= 2u) {
-            if lane < half {
-                partial[id] += partial[id + half];
-            }
-            workgroupBarrier();
-        }
-        if lane < 4u && n + lane < p.N {
-            y[m * p.LDY + p.Y0 + n + lane] = partial[id - lane][lane] + bias_and_lora(m, n + lane);
-        }
-        workgroupBarrier();
-    }
+    columns_by_tree(group.x * 16u, id);
 }

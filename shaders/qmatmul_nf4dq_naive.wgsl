@@ -2,7 +2,7 @@
 // grid   ceil(N/64), M     block 64 = 64 outputs of a row
 // smem   0 B               features none
 // reads  4MK + M(NK/2 + NK/64) B      writes 4MN B       bound: loads of single elements
-// idea   one output an invocation, as the formula says
+// idea   one output an invocation: shaders/qmatmul_naive.wgsl tells it
 
 struct Params { M: u32, N: u32, K: u32, LDY: u32, Y0: u32, BIAS: u32, R: u32, s: f32 }
 
@@ -15,14 +15,5 @@ struct Params { M: u32, N: u32, K: u32, LDY: u32, Y0: u32, BIAS: u32, R: u32, s:
 
 @compute @workgroup_size(64)
 fn qmatmul_nf4dq_naive(@builtin(global_invocation_id) id: vec3<u32>) {
-    let m = id.y;
-    let n = id.x;
-    if n >= p.N {
-        return;
-    }
-    var sum = 0.0;
-    for (var k = 0u; k < p.K; k++) {
-        sum = fma(x[m * p.K + k], weight(n, k), sum);
-    }
-    y[m * p.LDY + p.Y0 + n] = sum + bias_and_lora(m, n);
+    one_output(id.y, id.x);
 }

@@ -21,16 +21,5 @@ fn qmatmul_q8_subgroup(
     @builtin(subgroup_size)          size: u32,
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
-    // A subgroup may be wider than the workgroup.
-    let width = min(size, 64u);
-    for (var quad = subgroup; quad < 4u; quad += subgroups) {
-        let n = group.x * 16u + quad * 4u;
-        let rows = min(vec4(n) + vec4<u32>(0u, 1u, 2u, 3u), vec4(p.N - 1u));
-        for (var m = 0u; m < p.M; m++) {
-            let sum = subgroupAdd(dot_rows(m, rows, lane, width));
-            if lane < 4u && n + lane < p.N {
-                y[m * p.LDY + p.Y0 + n + lane] = sum[lane] + bias_and_lora(m, n + lane);
-            }
-        }
-    }
+    columns_by_subgroups(group.x * 16u, subgroup, subgroups, size, lane);
 }

@@ -35,7 +35,7 @@ macro_rules! kernels {
         pub const $name: &[Kernel] = &[
             rung(
                 concat!("qmatmul_", $word, "_naive"),
-                &[shader!("qmatmul_" $word "_naive"), shader!("weights_" $word), $(shader!($scales),)? TAIL],
+                &[shader!("qmatmul_" $word "_naive"), NAIVE, shader!("weights_" $word), $(shader!($scales),)? TAIL],
                 one_output_an_invocation,
                 always,
             ),
@@ -49,7 +49,7 @@ macro_rules! kernels {
             rung(
                 concat!("qmatmul_", $word, "_workgroup"),
                 &[
-                    shader!("qmatmul_" $word "_workgroup"), GEMV,
+                    shader!("qmatmul_" $word "_workgroup"), WORKGROUP, GEMV,
                     shader!("weights_" $word "_x4"), X4, $(shader!($scales),)? TAIL,
                 ],
                 sixteen_rows_with_tree,
@@ -58,7 +58,7 @@ macro_rules! kernels {
             rung(
                 concat!("qmatmul_", $word, "_subgroup"),
                 &[
-                    shader!("qmatmul_" $word "_subgroup"), GEMV,
+                    shader!("qmatmul_" $word "_subgroup"), SUBGROUP, GEMV,
                     shader!("weights_" $word "_x4"), X4, $(shader!($scales),)? TAIL,
                 ],
                 sixteen_rows,
@@ -101,6 +101,9 @@ kernels!(
 kernels!(KERNELS_NF4, "nf4", "weights_nf4_scales");
 kernels!(KERNELS_NF4DQ, "nf4dq", "weights_nf4dq_scales");
 
+const NAIVE: File = shader!("qmatmul_naive");
+const WORKGROUP: File = shader!("qmatmul_workgroup");
+const SUBGROUP: File = shader!("qmatmul_subgroup");
 const TILED: File = shader!("qmatmul_tiled");
 const GEMV: File = shader!("qmatmul_gemv");
 const BROADCAST: File = shader!("qmatmul_broadcast");
