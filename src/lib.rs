@@ -12,6 +12,7 @@ pub mod npy;
 pub mod op;
 pub mod ops;
 pub mod quant;
+pub mod retrieve;
 pub mod tensor;
 pub mod train;
 pub mod verify;

@@ -1,0 +1,3 @@
+//! Retrieval: exact cosine top-k over memory-mapped vectors, and what is built on it.
+
+pub mod topk;
