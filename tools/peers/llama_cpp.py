@@ -153,7 +153,8 @@ def show(row, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=common.smollm2(), metavar="FILE", help="a .gguf file; SmolLM2 of tools/fetch_models")
+    model = common.smollm2()
+    parser.add_argument("--model", default=model, metavar="FILE", help="a .gguf file; SmolLM2 of tools/fetch_models")
     parser.add_argument("--variants", default="as-is", metavar="LIST", help="of as-is, q4_0, f32, with commas (as-is)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
