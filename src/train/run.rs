@@ -283,13 +283,16 @@ pub fn clear(out: &Path, restart: bool) -> Result<(), Error> {
         return Err(Error::file(out, what));
     }
     checkpoint::clear(out)?;
-    for name in ["adapter_model.safetensors", "adapter_config.json", "run.json", metrics::FILE, "loss.svg"] {
-        match fs::remove_file(out.join(name)) {
-            Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => {
-                return Err(Error::io(&out.join(name), cause))
-            }
+    const ADAPTER: [&str; 2] = ["adapter_model.safetensors", "adapter_config.json"];
+    let last = ADAPTER.map(|name| out.join("last").join(name));
+    let files = [&ADAPTER[..], &["run.json", metrics::FILE, "loss.svg"]].concat();
+    for path in files.iter().map(|name| out.join(name)).chain(last) {
+        match fs::remove_file(&path) {
+            Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(&path, cause)),
             _ => {}
         }
     }
+    // Where there is something else in it, it stays.
+    let _ = fs::remove_dir(out.join("last"));
     Ok(())
 }
