@@ -141,6 +141,32 @@ fn mma_moves_each_tile_once_without_conflicts() {
     }
 }
 
+#[test]
+fn tiled_moves_each_tile_once_without_conflicts() {
+    for format in ["f32", "f16", "bf16", "q4", "q8", "nf4", "nf4dq"] {
+        for m in [16, 128] {
+            let run = count("qmatmul_t", format, "tiled", m);
+            let what = run.what();
+            let [rows, columns, _] = run.work.grid.map(u64::from);
+            for (name, times) in [(run.streamed(), rows), ("dy", columns)] {
+                let (bytes, moved) = run.arg(name);
+                assert_eq!((moved.read, moved.sector_read), (times * bytes, times * bytes), "{what}: {name}");
+            }
+            let (bytes, moved) = run.arg("dx");
+            assert_eq!((moved.written, moved.sector_written), (bytes, bytes), "{what}: dx");
+            assert_eq!(run.counts.shared.conflicts, 0, "{what}: waves lost to bank conflicts");
+
+            // Half of a tile's warps have nothing to multiply where there are 32 rows or fewer. Of 64 multiply-adds'
+            // 74 instructions the rest are loads from shared memory and the loop; bringing and decoding a tile takes
+            // another fifth.
+            let products = (m.next_multiple_of(32) * N * K) as f64;
+            let a_product = run.counts.thread_instructions as f64 / products;
+            let allowed = if m < 64 { 1.7 } else { 1.45 };
+            assert!(a_product < allowed, "{what}: {a_product:.3} instructions a multiply-add");
+        }
+    }
+}
+
 /// Begins and ends the ladder in the README.
 const MARKS: [&str; 2] = ["<!-- ladder: written by tests/counts.rs -->\n", "<!-- /ladder -->"];
 

@@ -11,7 +11,7 @@ use handmill::model::merge::{self, Difference};
 use handmill::quant::Format;
 use serde_json::json;
 
-use super::{human_bytes, note, print_json, progress, read_text, Common, ModelFlag};
+use super::{human_bytes, note, print_json, progress, read_text, BaseFlag, Common, ModelFlag};
 
 /// Show a LoRA adapter, merge it into its model, or write it for llama.cpp
 #[derive(Args)]
@@ -39,6 +39,8 @@ struct Info {
     #[arg(long, value_name = "MODEL")]
     model: Option<PathBuf>,
     #[command(flatten)]
+    base: BaseFlag,
+    #[command(flatten)]
     common: Common,
 }
 
@@ -64,6 +66,8 @@ struct Merge {
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
     #[command(flatten)]
+    base: BaseFlag,
+    #[command(flatten)]
     common: Common,
 }
 
@@ -78,6 +82,8 @@ struct Export {
     /// The file to write
     #[arg(long, value_name = "OUT.gguf")]
     out: PathBuf,
+    #[command(flatten)]
+    base: BaseFlag,
     #[command(flatten)]
     common: Common,
 }
@@ -111,6 +117,7 @@ impl Info {
         if let Some(path) = &self.model {
             let fits = adapter.check(&Checkpoint::open(path)?.config);
             fits.with_context(|| self.adapter.display().to_string())?;
+            self.base.check(&adapter, path).with_context(|| self.adapter.display().to_string())?;
         }
         let config = &adapter.config;
         let scale = config.scale();
@@ -172,6 +179,7 @@ impl Merge {
     fn run(&self) -> Result<()> {
         let device = self.common.open_device()?;
         let adapter = adapter::Adapter::open(&self.adapter)?;
+        self.base.check(&adapter, &self.model.model).with_context(|| self.adapter.display().to_string())?;
         let probe = self.text.as_ref().map(|path| read_text(path)).transpose()?;
         let format = match self.dtype {
             Dtype::F32 => Format::F32,
@@ -223,6 +231,7 @@ impl Merge {
 impl Export {
     fn run(&self) -> Result<()> {
         let adapter = adapter::Adapter::open(&self.adapter)?;
+        self.base.check(&adapter, &self.model.model).with_context(|| self.adapter.display().to_string())?;
         let checkpoint = Checkpoint::open(&self.model.model)?;
         let written = adapter.save_gguf(&self.out, &checkpoint.config);
         written.with_context(|| self.adapter.display().to_string())?;

@@ -27,7 +27,7 @@ use handmill::train::step::{Plan, Trainer};
 use serde_json::{json, Map, Value};
 
 use self::show::{show_profile, Display};
-use super::{note, spinner, Common, Interrupted, ModelFlag, Precision, Usage};
+use super::{note, spinner, BaseFlag, Common, Interrupted, ModelFlag, Precision, Usage};
 
 /// Train a LoRA adapter on examples, over a model's weights as they are or quantized (QLoRA)
 ///
@@ -50,6 +50,8 @@ pub struct Finetune {
     /// Start from this adapter, a PEFT directory; it brings r, alpha, rsLoRA and targets
     #[arg(long, value_name = "DIR")]
     adapter_init: Option<PathBuf>,
+    #[command(flatten)]
+    base: BaseFlag,
     /// Rank [default: 8]
     #[arg(long, value_name = "R", value_parser = clap::value_parser!(u32).range(1..=1024))]
     r: Option<u32>,
@@ -275,6 +277,9 @@ impl Finetune {
     /// Opens and checks everything.
     fn prepare(&self, device: &Arc<dyn Device>) -> Result<Job> {
         let init = self.adapter_init.as_ref().map(|path| Adapter::open(path)).transpose()?;
+        if let (Some(path), Some(init)) = (&self.adapter_init, &init) {
+            self.base.check(init, &self.model.model).with_context(|| path.display().to_string())?;
+        }
         let quant = match (self.quant, self.double_quant) {
             (Quant::None, _) => None,
             (Quant::Q8, _) => Some(Format::Q8 { group: 32, wide: false, affine: false }),
@@ -302,8 +307,13 @@ impl Finetune {
             let cache = (!self.dry_run).then(|| self.out.join(name));
             TokenSet::open(data, &encoder, &base_sha256, &options, cache.as_deref())
         };
-        let train = open(&self.data, "train.tokens")?;
-        let held_out = self.eval_data.as_ref().map(|data| open(data, "eval.tokens")).transpose()?;
+        // The faults of both files at once.
+        let train = open(&self.data, "train.tokens");
+        let held_out = self.eval_data.as_ref().map(|data| open(data, "eval.tokens")).transpose();
+        let (train, held_out) = match (train, held_out) {
+            (Err(one), Err(other)) => anyhow::bail!("{one}\n{other}"),
+            (train, held_out) => (train?, held_out?),
+        };
         preparing.finish_and_clear();
         self.tell_notes(&self.data, &train);
         if let (Some(path), Some(set)) = (&self.eval_data, &held_out) {
@@ -459,13 +469,13 @@ impl Finetune {
         if !leaks.prompts.is_empty() {
             let (count, shown) = (leaks.prompts.len(), shown(&leaks.prompts));
             note(&format!(
-                "{}: {count} rows ask what a training row asks, for another answer: {shown}",
+                "{}: rows that ask what a training row asks, for another answer: {count}, {shown}",
                 path.display()
             ));
         }
         if !leaks.rows.is_empty() && !self.allow_leaks {
             anyhow::bail!(
-                "{}: {} held-out rows are among the training rows, so their loss would tell nothing: {}; \
+                "{}: held-out rows that are among the training rows, so that their loss would tell nothing: {}, {}; \
                  take them out, or give --allow-leaks",
                 path.display(),
                 leaks.rows.len(),

@@ -24,6 +24,7 @@ use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 use handmill::device::{self, Device};
 use handmill::model::adapter as lora;
+use handmill::model::checkpoint::Checkpoint;
 use handmill::model::generate::{Embedder, LanguageModel};
 use handmill::model::weights::LoadOptions;
 use handmill::train::metrics::peak_bytes;
@@ -153,18 +154,22 @@ impl Common {
 
 /// Opens a decoder, saying on stderr what it does meanwhile, and puts an adapter beside its weights.
 fn open_model(
-    path: &Path,
-    adapter: &AdapterFlag,
+    model_path: &Path,
+    flag: &AdapterFlag,
     precision: &Precision,
     device: &Arc<dyn Device>,
 ) -> Result<LanguageModel> {
-    let adapter = adapter.adapter.as_ref().map(|path| Ok::<_, anyhow::Error>((path, lora::Adapter::open(path)?)));
+    let adapter = flag.adapter.as_ref().map(|path| Ok::<_, anyhow::Error>((path, lora::Adapter::open(path)?)));
     let adapter = adapter.transpose().context("cannot open the adapter (a PEFT directory)")?;
-    let spinner = spinner(format!("loading {}", path.display()));
-    let mut model =
-        LanguageModel::open(path, device.clone(), &LoadOptions { bf16: precision.bf16, ..LoadOptions::default() })
-            .context("cannot open the model (a .gguf file or a Hugging Face directory)")?;
+    let spinner = spinner(format!("loading {}", model_path.display()));
+    let mut model = LanguageModel::open(
+        model_path,
+        device.clone(),
+        &LoadOptions { bf16: precision.bf16, ..LoadOptions::default() },
+    )
+    .context("cannot open the model (a .gguf file or a Hugging Face directory)")?;
     if let Some((path, adapter)) = adapter {
+        flag.base.check(&adapter, model_path).with_context(|| path.display().to_string())?;
         model.llama.attach(&adapter).with_context(|| path.display().to_string())?;
     }
     spinner.finish_and_clear();
@@ -230,6 +235,26 @@ struct AdapterFlag {
     /// A LoRA adapter to run beside the model's weights: a PEFT directory
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
+    #[command(flatten)]
+    base: BaseFlag,
+}
+
+/// Whether an adapter's base must be the model it meets.
+#[derive(Args)]
+struct BaseFlag {
+    /// Take an adapter that was trained over another file than this model's, such as the same weights in another form
+    #[arg(long)]
+    any_base: bool,
+}
+
+impl BaseFlag {
+    /// Refuses an adapter of another base.
+    fn check(&self, adapter: &lora::Adapter, model: &Path) -> Result<()> {
+        if !self.any_base && adapter.base_sha256.is_some() {
+            adapter.check_base(&Checkpoint::open(model)?)?;
+        }
+        Ok(())
+    }
 }
 
 /// How exactly a model computes.

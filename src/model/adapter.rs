@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde_json::{json, Map, Value};
 
-use super::checkpoint::{Encoding, TensorView};
+use super::checkpoint::{Checkpoint, Encoding, Source, TensorView};
 use super::config::{Arch, Config};
 use super::hf::{HfDir, Shard};
 use super::layout;
@@ -322,6 +322,24 @@ impl Adapter {
         Ok(())
     }
 
+    /// Refuses an adapter whose writer named another base than `base`, the model it is to run beside; one that names
+    /// none is taken. Reads the model's files whole where it does.
+    pub fn check_base(&self, base: &Checkpoint) -> Result<(), Error> {
+        let Some(expected) = &self.base_sha256 else { return Ok(()) };
+        let found = model_sha256(base)?;
+        if *expected == found {
+            return Ok(());
+        }
+        let first = |hash: &str| hash.chars().take(12).collect::<String>();
+        Err(Error::Request(format!(
+            "the adapter was trained over another base{}: the SHA-256 of that began with {}, this model's with {}; name \
+             that model, or give --any-base where this one has the same weights in another form",
+            self.config.base.as_ref().map_or(String::new(), |base| format!(", {}", quote(base))),
+            quote(&first(expected)),
+            first(&found)
+        )))
+    }
+
     /// Numbers that training changes.
     pub fn parameters(&self) -> usize {
         self.modules.iter().map(|module| module.a.len() + module.b.len()).sum()
@@ -451,10 +469,9 @@ impl Llama {
 
 /// SHA-256 of a model's files in hexadecimal: of its GGUF file, or of every file of its directory that bears on what
 /// the model computes, by name. Reads them whole.
-pub fn model_sha256(checkpoint: &super::checkpoint::Checkpoint) -> Result<String, Error> {
-    use super::checkpoint::Source;
+pub fn model_sha256(checkpoint: &Checkpoint) -> Result<String, Error> {
     match &checkpoint.source {
-        Source::Gguf(gguf) => Ok(hex(&sha256(&gguf.mmap))),
+        Source::Gguf(gguf) => Ok(hex(&file_sha256(&gguf.path)?)),
         Source::Hf(HfDir { path, .. }) => {
             let beside = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
             let mut files: Vec<PathBuf> = beside.iter().map(|name| path.join(name)).collect();
@@ -462,11 +479,25 @@ pub fn model_sha256(checkpoint: &super::checkpoint::Checkpoint) -> Result<String
             files.extend(checkpoint.files.iter().cloned());
             let mut text = String::new();
             for file in files {
-                let map = super::checkpoint::map_file(&file)?;
                 let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
-                text += &format!("{}  {name}\n", hex(&sha256(&map)));
+                text += &format!("{}  {name}\n", hex(&file_sha256(&file)?));
             }
             Ok(hex(&sha256(text.as_bytes())))
+        }
+    }
+}
+
+/// SHA-256 of a file, read a piece at a time: a mapped one would count as memory of this process.
+fn file_sha256(path: &Path) -> Result<[u8; 32], Error> {
+    use sha2::{Digest, Sha256};
+    use std::io::Read;
+    let fail = |cause| Error::io(path, cause);
+    let mut file = std::fs::File::open(path).map_err(fail)?;
+    let (mut hasher, mut piece) = (Sha256::new(), vec![0; 1 << 20]);
+    loop {
+        match file.read(&mut piece).map_err(fail)? {
+            0 => return Ok(hasher.finalize().into()),
+            read => hasher.update(&piece[..read]),
         }
     }
 }

@@ -31,6 +31,9 @@ const MAX_LINE: usize = 16 << 20;
 /// Faults that are told one by one.
 const TOLD: usize = 20;
 
+/// What is said of a file without rows.
+pub(super) const NO_ROW: &str = "holds no row: give a line of JSON for each example";
+
 /// What becomes of rows longer than the limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OverLong {
@@ -103,10 +106,23 @@ enum Ends {
     Turns,
 }
 
-#[derive(Deserialize)]
-struct JsonMessage {
-    role: String,
-    content: String,
+/// A message of a conversation.
+fn message((i, value): (usize, &Value)) -> Result<Message, String> {
+    let string = |key: &str| match value.get(key) {
+        Some(Value::String(text)) => Ok(text.as_str()),
+        Some(_) => Err(format!("message {}: {key} is no string", i + 1)),
+        None => Err(format!("message {} has no {key}", i + 1)),
+    };
+    Ok(Message::new(string("role")?, string("content")?))
+}
+
+/// Refuses a text that has nothing to predict.
+fn filled(key: &str, text: &str) -> Result<(), String> {
+    match text.trim().is_empty() {
+        true if text.is_empty() => Err(format!("{key} is empty")),
+        true => Err(format!("{key} is only white space")),
+        false => Ok(()),
+    }
 }
 
 impl<'a> Encoder<'a> {
@@ -144,31 +160,23 @@ impl<'a> Encoder<'a> {
         match kinds[..] {
             ["text"] => {
                 let text = string("text")?;
-                if text.is_empty() {
-                    return Err("text is empty".into());
-                }
+                filled("text", text)?;
                 self.pieces(&[(text, true)], self.bos, Ends::Nowhere)
             }
             ["completion"] => {
                 let (prompt, completion) = (string("prompt")?, string("completion")?);
-                if completion.is_empty() {
-                    return Err("completion is empty".into());
-                }
+                filled("completion", completion)?;
                 self.pieces(&[(prompt, false), (completion, true)], self.bos, Ends::Text)
             }
             ["messages"] => {
-                let messages = Vec::<JsonMessage>::deserialize(&object["messages"]).map_err(|error| {
-                    format!("messages: {}; role and content are strings", quote(&error.to_string()))
-                })?;
-                let messages: Vec<Message> = messages.into_iter().map(|m| Message::new(m.role, m.content)).collect();
-                self.chat(&messages)
+                let list = object["messages"].as_array().ok_or("messages is no list")?;
+                let messages: Result<Vec<Message>, String> = list.iter().enumerate().map(message).collect();
+                self.chat(&messages?)
             }
             ["output"] => {
                 let (instruction, output) = (string("instruction")?, string("output")?);
-                let input = if object.contains_key("input") { string("input")? } else { "" };
-                if output.is_empty() {
-                    return Err("output is empty".into());
-                }
+                let input = if object.get("input").is_none_or(Value::is_null) { "" } else { string("input")? };
+                filled("output", output)?;
                 self.instruction(instruction, input, output)
             }
             ["input_ids"] => self.ids(&object),
@@ -212,7 +220,7 @@ impl<'a> Encoder<'a> {
                     return Err(format!("message {}: role {role}; system, user, assistant and tool are known", i + 1));
                 }
             }
-            if message.role == "assistant" && message.content.is_empty() {
+            if message.role == "assistant" && message.content.trim().is_empty() {
                 return Err(format!("message {}: the assistant says nothing", i + 1));
             }
         }
@@ -326,7 +334,7 @@ pub fn read(path: &Path, bytes: &[u8], encoder: &Encoder, options: &DataOptions)
     }
     let (rows, cut): (Vec<Row>, Vec<bool>) = made.into_iter().filter_map(Result::ok).unzip();
     if rows.is_empty() {
-        return Err(Error::file(path, "holds no row: give a line of JSON for each example"));
+        return Err(Error::file(path, NO_ROW));
     }
     let mut notes = Notes::default();
     for row in rows.iter().zip(cut).filter_map(|(row, cut)| cut.then_some(row)) {

@@ -80,6 +80,9 @@ impl TokenSet {
         options: &DataOptions,
         cache: Option<&Path>,
     ) -> Result<TokenSet, Error> {
+        if std::fs::metadata(path).is_ok_and(|meta| meta.is_file() && meta.len() == 0) {
+            return Err(Error::file(path, data::NO_ROW));
+        }
         let map = map_file(path)?;
         let data_sha256 = hex(&sha256(&map));
         let refuse = options.over_long == OverLong::Refuse;

@@ -144,7 +144,8 @@ pub fn run(
     };
     tell(&state, "running", &metrics.lines, None)?;
 
-    let mut ending = Ending::Finished;
+    let out_of_patience = |state: &State| options.patience.is_some_and(|patience| state.since_best >= patience);
+    let mut ending = if out_of_patience(&state) { Ending::EarlyStop } else { Ending::Finished };
     if let (Some(set), 0, None) = (held_out, state.step, state.eval_before) {
         match trainer.evaluate(set, &mut |rows| watch(Event::Evaluating(rows)))? {
             Some(loss) => {
@@ -160,7 +161,13 @@ pub fn run(
         let rows: Vec<u32> = places.flat_map(|place| groups[order.group(place)].clone()).collect();
         let lr = options.schedule.rate(options.lr, step, options.steps, options.warmup);
         let start = Instant::now();
-        let found = trainer.step(train, &rows, lr, step)?;
+        let found = match trainer.step(train, &rows, lr, step) {
+            Ok(found) => found,
+            Err(error) => {
+                tell(&state, "failed", &metrics.lines, None)?;
+                return Err(error);
+            }
+        };
         let seconds = start.elapsed().as_secs_f64();
         state.step += 1;
         let mut line = Line {
@@ -193,7 +200,7 @@ pub fn run(
         metrics.push(line)?;
         if !go_on {
             ending = Ending::Interrupted;
-        } else if options.patience.is_some_and(|patience| state.since_best >= patience) {
+        } else if out_of_patience(&state) {
             ending = Ending::EarlyStop;
         }
         if last || ending != Ending::Finished || state.step.is_multiple_of(options.save_every) {
@@ -276,13 +283,16 @@ pub fn clear(out: &Path, restart: bool) -> Result<(), Error> {
         return Err(Error::file(out, what));
     }
     checkpoint::clear(out)?;
-    for name in ["adapter_model.safetensors", "adapter_config.json", "run.json", metrics::FILE, "loss.svg"] {
-        match fs::remove_file(out.join(name)) {
-            Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => {
-                return Err(Error::io(&out.join(name), cause))
-            }
+    const ADAPTER: [&str; 2] = ["adapter_model.safetensors", "adapter_config.json"];
+    let last = ADAPTER.map(|name| out.join("last").join(name));
+    let files = [&ADAPTER[..], &["run.json", metrics::FILE, "loss.svg"]].concat();
+    for path in files.iter().map(|name| out.join(name)).chain(last) {
+        match fs::remove_file(&path) {
+            Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(&path, cause)),
             _ => {}
         }
     }
+    // Where there is something else in it, it stays.
+    let _ = fs::remove_dir(out.join("last"));
     Ok(())
 }

@@ -282,3 +282,45 @@ fn a_merged_model_says_what_the_adapter_says() {
     let wrong = handmill(&["generate", "--model", &base, "--adapter", &base, "--prompt", "a"]);
     assert!(wrong.code == 1 && wrong.stderr.contains("adapter_config.json"), "{}", wrong.stderr);
 }
+
+#[test]
+fn an_adapter_of_another_base_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+    for name in ["base", "other"] {
+        std::fs::create_dir(path(name)).unwrap();
+        write_tiny(Path::new(&path(name)));
+    }
+    // The same sizes, but not the same file.
+    let config = Path::new(&path("other")).join("config.json");
+    let text = std::fs::read_to_string(&config).unwrap();
+    std::fs::write(&config, format!("{text}\n")).unwrap();
+    std::fs::write(path("text.txt"), "some text").unwrap();
+    std::fs::write(path("rows.jsonl"), "{\"text\": \"abcd\"}\n").unwrap();
+    let (base, other, out) = (path("base"), path("other"), path("out"));
+    tool_json(&["finetune", "--model", &base, "--data", &path("rows.jsonl"), "--out", &out, "--json"]);
+
+    let (merged, gguf, more) = (path("merged"), path("a.gguf"), path("more"));
+    let (rows, text) = (path("rows.jsonl"), path("text.txt"));
+    let commands: [&[&str]; 5] = [
+        &["generate", "--adapter", &out, "--prompt", "ab", "--max-tokens", "0"],
+        &["eval", "--adapter", &out, "--text", &text],
+        &["adapter", "merge", "--adapter", &out, "--out", &merged],
+        &["adapter", "export", "--adapter", &out, "--out", &gguf],
+        &["finetune", "--adapter-init", &out, "--data", &rows, "--out", &more],
+    ];
+    for command in commands {
+        let said = handmill(&[command, &["--model", &other]].concat());
+        let refused = said.stderr.contains("another base") && said.stderr.contains("--any-base");
+        assert!(said.code == 1 && refused, "{command:?}: {}", said.stderr);
+        for taken in [&["--model", &base[..]][..], &["--model", &other, "--any-base"]] {
+            for made in [&merged, &more] {
+                let _ = std::fs::remove_dir_all(made);
+            }
+            let said = handmill(&[command, taken].concat());
+            assert_eq!(said.code, 0, "{command:?} {taken:?}: {}", said.stderr);
+        }
+    }
+    let said = handmill(&["adapter", "info", &out, "--model", &other]);
+    assert!(said.code == 1 && said.stderr.contains("another base"), "{}", said.stderr);
+}

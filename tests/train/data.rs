@@ -52,13 +52,14 @@ fn every_form_predicts_what_it_should() {
 
 {"messages": [MESSAGES]}
 {"instruction": "do", "input": "this", "output": "done"}
+{"instruction": "do", "input": null, "output": "done"}
 {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}
 {"input_ids": [5, 6, 7]}
 "#;
     let turns = [("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "bc")];
     let turns = turns.map(|(role, content)| format!("{{\"role\": \"{role}\", \"content\": \"{content}\"}}"));
     let rows = read(&model, &text.replace("MESSAGES", &turns.join(", ")), &OPTIONS).unwrap();
-    assert_eq!(rows.iter().map(|row| row.line).collect::<Vec<_>>(), [1, 2, 4, 5, 6, 7]);
+    assert_eq!(rows.iter().map(|row| row.line).collect::<Vec<_>>(), [1, 2, 4, 5, 6, 7, 8]);
     let found: Vec<String> = rows.iter().map(|row| predicted(&model, row)).collect();
     assert_eq!(found[0], "all of it");
     assert_eq!(found[1], " two<|im_end|>");
@@ -71,8 +72,9 @@ fn every_form_predicts_what_it_should() {
     assert_eq!(whole(&model, &rows[2]), expected);
     assert_eq!(found[3], "done<|im_end|>");
     assert!(whole(&model, &rows[3]).contains("user\ndo\n\nthis<|im_end|>"), "{}", whole(&model, &rows[3]));
-    assert_eq!(rows[4].labels, [-100, -100, 7, 8]);
-    assert_eq!(rows[5].labels, [5, 6, 7]);
+    assert!(whole(&model, &rows[4]).contains("user\ndo<|im_end|>"), "{}", whole(&model, &rows[4]));
+    assert_eq!(rows[5].labels, [-100, -100, 7, 8]);
+    assert_eq!(rows[6].labels, [5, 6, 7]);
 }
 
 #[test]
@@ -105,20 +107,29 @@ fn every_fault_is_told_with_its_row() {
         (r#"{"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "y"}]}"#, "stands first"),
         (r#"{"messages": [{"role": "user", "content": "x"}]}"#, "ends with a message of role user"),
         (r#"{"messages": [{"role": "assistant", "content": ""}]}"#, "says nothing"),
+        (
+            r#"{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": null}]}"#,
+            "message 2: content",
+        ),
+        (r#"{"messages": {"role": "user"}}"#, "messages is no list"),
+        (r#"{"prompt": "a", "completion": " \n"}"#, "only white space"),
+        (r#"{"instruction": "a", "input": 3, "output": "b"}"#, "input is no string"),
         (r#"{"messages": []}"#, "no messages"),
-        (r#"{"messages": [{"role": "user"}]}"#, "content"),
+        (r#"{"messages": [{"role": "user"}]}"#, "message 1 has no content"),
         (r#"{"input_ids": [1, 2], "labels": [1]}"#, "2 input_ids and 1 labels"),
         (r#"{"input_ids": [1, 100]}"#, "input_ids[1] is 100"),
         (r#"{"input_ids": [1, -1]}"#, "input_ids[1] is -1"),
         (r#"{"input_ids": [1, 2], "labels": [1, 1e3]}"#, "labels[1] is no integer"),
         (r#"{"input_ids": [1, 2], "labels": [-100, -100]}"#, "wholly masked"),
     ];
-    let text: String = faults.iter().map(|(line, _)| format!("{line}\n")).collect();
-    let said = read(&model, &format!("{{\"text\": \"fine\"}}\n{text}"), &OPTIONS).unwrap_err();
-    assert!(said.contains("x.jsonl: 19 of 20 rows"), "{said}");
-    for (i, (line, what)) in faults.iter().enumerate() {
-        let told = said.lines().find(|line| line.starts_with(&format!("  #{} ", i + 2)));
-        assert!(told.is_some_and(|told| told.contains(what)), "{line}: {what} is not in {told:?}");
+    for part in faults.chunks(12) {
+        let text: String = part.iter().map(|(line, _)| format!("{line}\n")).collect();
+        let said = read(&model, &format!("{{\"text\": \"fine\"}}\n{text}"), &OPTIONS).unwrap_err();
+        assert!(said.contains(&format!("x.jsonl: {} of {} rows", part.len(), part.len() + 1)), "{said}");
+        for (i, (line, what)) in part.iter().enumerate() {
+            let told = said.lines().find(|line| line.starts_with(&format!("  #{} ", i + 2)));
+            assert!(told.is_some_and(|told| told.contains(what)), "{line}: {what} is not in {told:?}");
+        }
     }
     let many = "{}\n".repeat(30);
     assert!(read(&model, &many, &OPTIONS).unwrap_err().contains("and 10 more"));

@@ -66,7 +66,7 @@ impl Twister {
 }
 
 /// The adapter that the reference began with: A of standard deviation 1/sqrt(in), B of 0.01, module by module.
-fn initial(base: &Config) -> Adapter {
+pub fn initial(base: &Config) -> Adapter {
     let mut generator = Twister::new(1234);
     let targets: Vec<&'static str> = TARGETS.iter().map(|target| target.0).collect();
     let mut modules = Vec::new();
@@ -87,12 +87,17 @@ fn reference() -> Value {
 
 /// Window k of the text: 256 tokens, the first 32 not predicted.
 fn window(k: usize) -> Batch {
+    part(256 * k, 256, 32)
+}
+
+/// `count` tokens of the text from token `first` on, of which the first `masked` are not predicted.
+pub fn part(first: usize, count: usize, masked: usize) -> Batch {
     let shard = Shard::open(&fixture("smollm2_transformers_fp32.safetensors")).unwrap();
     let stored = shard.tensors.iter().find(|tensor| tensor.name == "ppl.ids").unwrap();
     let bytes = &shard.mmap[stored.offset..stored.offset + stored.len];
     let all: Vec<i32> = bytes.chunks(4).map(|b| i32::from_le_bytes(b.try_into().unwrap())).collect();
-    let ids = &all[256 * k..][..256];
-    let labels: Vec<i32> = ids.iter().enumerate().map(|(i, &id)| if i < 32 { -100 } else { id }).collect();
+    let ids = &all[first..][..count];
+    let labels: Vec<i32> = ids.iter().enumerate().map(|(i, &id)| if i < masked { -100 } else { id }).collect();
     let mut batch = Batch::default();
     batch.push(&ids.iter().map(|&id| id as u32).collect::<Vec<_>>(), &labels);
     batch

@@ -144,6 +144,9 @@ fn a_run_learns_and_leaves_its_files() {
     assert_eq!(place.adapter("out"), adapter);
     assert_eq!(again["adapter_sha256"], report["adapter_sha256"]);
     assert_eq!(fs::metadata(place.path("out/train.tokens")).unwrap().modified().unwrap(), stamp);
+    // A run without held-out data has no other adapter than its last.
+    place.run("out", &["--steps", "1"]);
+    assert!(!place.path("out/last").exists());
     let other = place.run("other", &[&SETTINGS[..], &more, &["--seed", "1"]].concat());
     assert_ne!(other["adapter_sha256"], report["adapter_sha256"]);
 }
@@ -260,6 +263,25 @@ fn an_early_end_keeps_the_best() {
     assert_eq!(report["status"], "early stop");
     let (steps, best) = (report["steps"].as_u64().unwrap(), report["best_step"].as_u64().unwrap());
     assert_eq!(steps, best + 4, "two evaluations after the best, two steps apart");
+    // There is nothing to go on with, but by more patience.
+    let adapter = place.adapter("out");
+    let again = place.run("out", &[&more[..], &["--resume"]].concat());
+    assert_eq!((&again["status"], &again["steps"]), (&report["status"], &report["steps"]));
+    assert!(place.adapter("out") == adapter);
+    let patient = [&more[..more.len() - 1], &["3", "--resume"]].concat();
+    assert_eq!(place.run("out", &patient)["steps"], steps + 2);
+}
+
+#[test]
+fn a_run_that_fails_or_makes_things_worse_says_so() {
+    let place = Place::new();
+    let (code, said) = place.fails("out", &["--lr", "1e30", "--steps", "5"]);
+    assert!(code == 1 && said.contains("lower --lr"), "{said}");
+    let run: Value = serde_json::from_slice(&fs::read(place.path("out/run.json")).unwrap()).unwrap();
+    assert_eq!(run["status"], "failed");
+    let args = place.args("worse", &["--lr", "3", "--steps", "1", "--eval-data", &place.text("eval.jsonl")]);
+    let run = handmill(&args.iter().map(String::as_str).filter(|&arg| arg != "--json").collect::<Vec<_>>());
+    assert!(run.code == 0 && run.stderr.contains("do not use it"), "{}", run.stderr);
 }
 
 #[test]
@@ -302,6 +324,13 @@ fn wrong_use_and_bad_data_are_told_before_the_first_step() {
     let (code, said) = place.fails("bad", &[]);
     assert!(code == 1 && said.contains("2 of 3 rows") && said.contains("#2 ") && said.contains("#3 "), "{said}");
     assert!(!place.path("bad/adapter_model.safetensors").exists());
+    // The faults of both files are told at once.
+    fs::write(place.path("leak.jsonl"), "{\"text\": \"\"}\n").unwrap();
+    let (_, said) = place.fails("bad", &["--eval-data", &leak]);
+    assert!(said.contains("2 of 3 rows") && said.contains("leak.jsonl: 1 of 1 rows"), "{said}");
+    fs::write(place.path("train.jsonl"), "").unwrap();
+    let (_, said) = place.fails("bad", &[]);
+    assert!(said.contains("holds no row"), "{said}");
 }
 
 #[test]

@@ -17,68 +17,24 @@ and its settings are the defaults: flash attention where it can, weights repacke
 """
 
 import argparse
-import datetime
-import hashlib
 import importlib.metadata
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import urllib.request
 from pathlib import Path
 
+sys.dont_write_bytecode = True
 try:
-    import gguf
+    import common
     import xllamacpp
 except ImportError as missing:
     sys.exit(f"llama_cpp.py: {missing}: pip install --only-binary :all: xllamacpp gguf")
 
-ROOT = Path(__file__).resolve().parents[2]
-BUSY = 0.3  # load of the machine above which its figures should not be quoted
-
-
-class Failed(Exception):
-    """Told in one sentence; exit code 1."""
-
-
-def make_variant(source, variant, path):
-    """Writes the model at `source` with matrices in another type; values come from the file's own."""
-    kinds = gguf.GGMLQuantizationType
-    reader = gguf.GGUFReader(source)
-    arch = reader.fields["general.architecture"].contents()
-    writer = gguf.GGUFWriter(path, arch)
-    for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
-            sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(name, field.contents(), field.types[0], sub_type=sub_type)
-    for tensor in reader.tensors:
-        kind = tensor.tensor_type
-        if variant == "f32" and kind != kinds.F32:
-            writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, kind))
-        elif variant == "q4_0" and tensor.name.startswith("blk.") and kind != kinds.F32:
-            values = gguf.quants.dequantize(tensor.data, kind)
-            writer.add_tensor(tensor.name, gguf.quants.quantize(values, kinds.Q4_0), raw_dtype=kinds.Q4_0)
-        else:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def build():
-    """Handmill's benchmark of a whole model."""
-    command = ["cargo", "bench", "--locked", "--bench", "model", "--no-run"]
-    command += ["--message-format", "json-render-diagnostics"]
-    done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        raise Failed("the benchmark does not build (see above)")
-    messages = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
-    paths = [m["executable"] for m in messages if m.get("executable") and m["target"]["name"] == "model"]
-    return paths[-1]
+from common import Failed, spread
 
 
 class Handmill:
@@ -136,32 +92,8 @@ def compare(ours, theirs):
     return first == other, first, other, max(shared)
 
 
-def processor():
-    """The name the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def commit():
-    """Of this checkout, with a plus where files are changed; none outside a repository."""
-    git = lambda *words: subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True)
-    head = git("rev-parse", "--short=12", "HEAD")
-    if head.returncode != 0:
-        return None
-    return head.stdout.strip() + ("+" if git("status", "--porcelain", "-uno").stdout.strip() else "")
-
-
-def spread(samples):
-    return {"median": statistics.median(samples), "min": min(samples), "max": max(samples), "samples": samples}
-
-
 def measure(binary, model, variant, args):
-    load = os.getloadavg()[0]
-    if load > BUSY:
-        print(f"the machine is busy (load {load:.2f}): do not quote these figures", file=sys.stderr)
+    load = common.load()
     handmill, llama = Handmill(binary, model, args), LlamaCpp(model, args)
     samples = {"handmill": ([], []), "llama.cpp": ([], [])}
     first = handmill.run()
@@ -178,18 +110,18 @@ def measure(binary, model, variant, args):
                 row.append(rate)
     same = next((i for i, (a, b) in enumerate(zip(own["chosen"], chosen)) if a != b), len(chosen))
     row = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": common.now(),
         "what": "prefill and decode, tokens/s",
         "model": Path(args.model).name,
         "variant": variant,
-        "sha256": hashlib.sha256(Path(model).read_bytes()).hexdigest(),
+        "sha256": common.sha256(model),
         "cpu": own["device"],
-        "processor": processor(),
+        "processor": common.processor(),
         "threads": args.threads,
         "load_before": load,
         "versions": {
             "handmill": own["version"],
-            "commit": commit(),
+            "commit": common.commit(),
             "xllamacpp": importlib.metadata.version("xllamacpp"),
             "llama.cpp": xllamacpp.BUILD_INFO,
             "features": str(xllamacpp.get_system_info()).strip(),
@@ -220,12 +152,9 @@ def show(row, rounds):
 
 
 def main():
-    models = os.environ.get("HANDMILL_MODELS") or Path(
-        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "handmill/models"
-    )
-    default = Path(models, "smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=default, metavar="FILE", help="a .gguf file; SmolLM2 of tools/fetch_models")
+    model = common.smollm2()
+    parser.add_argument("--model", default=model, metavar="FILE", help="a .gguf file; SmolLM2 of tools/fetch_models")
     parser.add_argument("--variants", default="as-is", metavar="LIST", help="of as-is, q4_0, f32, with commas (as-is)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
@@ -241,19 +170,17 @@ def main():
     try:
         if not Path(args.model).is_file():
             raise Failed(f"{args.model} is missing: run tools/fetch_models, or give --model")
-        binary = build()
+        binary = common.build("bench", "--no-run", "--bench", "model")
         with tempfile.TemporaryDirectory() as folder:
             for variant in variants:
                 model = args.model
                 if variant != "as-is":
                     model = Path(folder, variant + ".gguf")
-                    make_variant(args.model, variant, model)
+                    common.make_variant(args.model, variant, model)
                 row = measure(binary, model, variant, args)
                 show(row, args.rounds)
                 if args.record:
-                    args.record.parent.mkdir(parents=True, exist_ok=True)
-                    with open(args.record, "a", encoding="utf-8") as f:
-                        f.write(json.dumps(row) + "\n")
+                    common.append(args.record, row)
                 if variant != "as-is":
                     model.unlink()
     except (Failed, OSError) as error:

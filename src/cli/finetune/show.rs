@@ -24,11 +24,11 @@ impl Finetune {
         };
         if notes.truncated_count > 0 {
             let (count, max) = (notes.truncated_count, self.max_len);
-            note(&format!("{path}: {count} rows are cut to {max} tokens: {}", first(&notes.truncated)));
+            note(&format!("{path}: rows cut to {max} tokens: {count}, {}", first(&notes.truncated)));
         }
         if let Some((later, earlier)) = notes.duplicates.first() {
             let count = notes.duplicate_count;
-            note(&format!("{path}: {count} rows equal an earlier one, such as #{later} and #{earlier}"));
+            note(&format!("{path}: rows that equal an earlier one: {count}, such as #{later} and #{earlier}"));
         }
     }
 
@@ -105,6 +105,14 @@ impl Finetune {
 
     pub(super) fn report(&self, outcome: &Outcome) -> Result<()> {
         let out = self.out.display();
+        if let (Some(before), Some((_, best))) = (outcome.eval_before, outcome.best) {
+            if best >= before {
+                note(&format!(
+                    "{out}: the held-out loss was {before:.4} without the adapter and is {best:.4} with the best one: do \
+                     not use it; lower --lr, or give more examples"
+                ));
+            }
+        }
         let first = outcome.losses.map(|losses| losses.0);
         let last = outcome.losses.map(|losses| losses.1);
         if self.common.json {

@@ -46,6 +46,7 @@ const PLAIN_CASES: &[Case] = &[
     case(&[257, 65, 33, 65, 0, 0, 1], "many tokens, few columns, added to dx"),
     case(&[33, 257, 384, 257, 0, 33, 0], "odd rank"),
     case(&[530, 34, 40, 34, 0, 2, 0], "more rows than are taken at once"),
+    case(&[17, 64, 96, 72, 4, 20, 1], "whole chunks of 32, one row past 16, part of a wider dy, rank 20, added to dx"),
     case(&[5, 384, 1536, 384, 0, 0, 0], "MiniLM's second feed-forward matrix"),
 ];
 const Q4_CASES: &[Case] = &[
@@ -60,6 +61,7 @@ const Q4_CASES: &[Case] = &[
     ),
     case(&[66, 67, 288, 72, 0, 20, 0, 32, 1], "rows of W past a tile, an odd number; f32 scales, rank 20"),
     case(&[17, 129, 256, 136, 0, 0, 0, 128, 1], "groups of 128, f32 scales"),
+    case(&[17, 64, 96, 72, 4, 20, 1, 16, 0], "whole chunks of 32 with two groups each, part of a wider dy, rank 20"),
     case(&[33, 192, 576, 192, 0, 8, 0, 32, 0], "SmolLM2-135M's keys"),
     case(&[16, 576, 1536, 576, 0, 8, 1, 32, 0], "SmolLM2-135M's down projection"),
 ];
@@ -72,6 +74,11 @@ const Q8_CASES: &[Case] = &[
     case(&[130, 136, 192, 152, 8, 0, 1, 16, 0, 1], "past tiles of 64 and 128, groups of 16 with f16 mins, added to dx"),
     case(&[66, 67, 304, 72, 0, 20, 0, 16, 1, 1], "rows of W past a tile, an odd number; 19 groups, f32 mins, rank 20"),
     case(&[17, 129, 256, 136, 0, 0, 0, 128, 1, 0], "groups of 128, f32 scales"),
+    case(
+        &[17, 64, 96, 72, 4, 20, 1, 16, 0, 1],
+        "whole chunks of 32 with two groups and mins each, rank 20, added to dx",
+    ),
+    case(&[17, 64, 96, 64, 0, 0, 0, 32, 1, 1], "whole chunks of 32, f32 mins"),
     case(&[33, 192, 576, 192, 0, 8, 0, 32, 0, 0], "SmolLM2-135M's keys"),
     case(&[16, 768, 576, 768, 0, 0, 1, 32, 0, 0], "a slice of SmolLM2-135M's head, added to dx"),
 ];
@@ -82,6 +89,7 @@ const NF4_CASES: &[Case] = &[
     case(&[2, 257, 576, 257, 0, 33, 1], "nine blocks; a nested block ends inside a row; odd rank, added to dx"),
     case(&[130, 136, 192, 152, 8, 0, 1], "past tiles of 64 and 128, part of a wider dy, added to dx"),
     case(&[66, 67, 320, 72, 0, 20, 0], "rows of W past a tile, an odd number; rank 20"),
+    case(&[17, 64, 64, 72, 4, 20, 1], "whole chunks of 32, one row past 16, part of a wider dy, rank 20, added to dx"),
     case(&[33, 192, 576, 192, 0, 8, 0], "SmolLM2-135M's keys"),
 ];
 

@@ -1,8 +1,9 @@
-//! `qmatmul_t` in PTX, up to two rungs a format:
+//! `qmatmul_t` in PTX, up to three rungs a format:
 //!
 //! | variant | idea | for |
 //! | --- | --- | --- |
 //! | `naive` | one value of dx a thread | reading |
+//! | `tiled` | tiles of 64 x 128 values of dx, 8 x 8 a thread; W is decoded into shared memory | training in f32 |
 //! | `mma` | tensor cores; dy in bf16, W decoded to bf16 in registers, its scales staged once a tile | training |
 //!
 //! How much of the tolerance `mma` uses: as in `qmatmul`, one rounding of u = 2^-8 for each weight and N·2^-14·u, below
@@ -12,23 +13,30 @@
 use crate::op::*;
 use crate::tensor::Dtype;
 
-pub const KERNELS_F32: &[Kernel] = &[ptx!("qmatmul_t_f32_naive", row_by_columns, columns_fit)];
-pub const KERNELS_F16: &[Kernel] = &[ptx!("qmatmul_t_f16_naive", row_by_columns, columns_fit)];
-pub const KERNELS_BF16: &[Kernel] = &[ptx!("qmatmul_t_bf16_naive", row_by_columns, columns_fit)];
+pub const KERNELS_F32: &[Kernel] =
+    &[ptx!("qmatmul_t_f32_naive", row_by_columns, columns_fit), ptx!("qmatmul_t_f32_tiled", tiles_f32, many_rows)];
+pub const KERNELS_F16: &[Kernel] =
+    &[ptx!("qmatmul_t_f16_naive", row_by_columns, columns_fit), ptx!("qmatmul_t_f16_tiled", tiles_f32, many_rows)];
+pub const KERNELS_BF16: &[Kernel] =
+    &[ptx!("qmatmul_t_bf16_naive", row_by_columns, columns_fit), ptx!("qmatmul_t_bf16_tiled", tiles_f32, many_rows)];
 pub const KERNELS_Q4: &[Kernel] = &[
     ptx!("qmatmul_t_q4_naive", row_by_columns, columns_fit),
+    ptx!("qmatmul_t_q4_tiled", tiles_f32, many_rows),
     tensor_cores(ptx!("qmatmul_t_q4_mma", tiles_q4, rows_of_q4_fit)),
 ];
 pub const KERNELS_Q8: &[Kernel] = &[
     ptx!("qmatmul_t_q8_naive", row_by_columns, columns_fit),
+    ptx!("qmatmul_t_q8_tiled", tiles_f32, many_rows),
     tensor_cores(ptx!("qmatmul_t_q8_mma", tiles_q8, rows_fit)),
 ];
 pub const KERNELS_NF4: &[Kernel] = &[
     ptx!("qmatmul_t_nf4_naive", row_by_columns, columns_fit),
+    ptx!("qmatmul_t_nf4_tiled", tiles_f32, many_rows),
     tensor_cores(ptx!("qmatmul_t_nf4_mma", tiles_nf4, rows_fit)),
 ];
 pub const KERNELS_NF4DQ: &[Kernel] = &[
     ptx!("qmatmul_t_nf4dq_naive", row_by_columns, columns_fit),
+    ptx!("qmatmul_t_nf4dq_tiled", tiles_f32, many_rows),
     tensor_cores(ptx!("qmatmul_t_nf4dq_mma", tiles_nf4, rows_fit)),
 ];
 
@@ -45,6 +53,18 @@ fn row_by_columns(d: &Dims) -> Launch {
 /// A grid has 65,535 blocks along its second axis.
 fn columns_fit(d: &Dims, _: &Caps) -> bool {
     d["K"].div_ceil(128) <= 65_535
+}
+
+/// `tiled`: tiles of 64 rows by 128 columns of dx.
+fn tiles_f32(d: &Dims) -> Launch {
+    tiles(d, 0)
+}
+
+/// Fewest rows of dy that `tiled` takes: it computes 32 or 64 whatever there are.
+const MANY_ROWS: usize = 5;
+
+fn many_rows(d: &Dims, caps: &Caps) -> bool {
+    d["M"] >= MANY_ROWS && columns_fit(d, caps)
 }
 
 /// `mma`: tiles of 64 rows by 128 columns of dx; shared memory holds three tiles of dy and of codes, and two of scales.

@@ -1,59 +1,70 @@
-//! `qmatmul_t` in WGSL, two rungs a format:
+//! `qmatmul_t` in WGSL, three rungs a format:
 //!
-//! | variant | idea |
-//! | --- | --- |
-//! | `naive` | one element of dx an invocation |
-//! | `tiled` | tiles of 64 x 64 elements, dy and decoded W in workgroup memory |
+//! | variant | idea | for |
+//! | --- | --- | --- |
+//! | `naive` | one element of dx an invocation | reading |
+//! | `tiled` | tiles of 64 x 64 elements, dy and decoded W in workgroup memory | graphics cards |
+//! | `broadcast` | 16 rows of dy, spread over a subgroup's registers and broadcast | adapters that run on the CPU |
 //!
-//! A kernel's file holds its bindings and its entry. The algorithm follows, once for all formats, then the decoding of W,
-//! the same files as `qmatmul`'s.
+//! A kernel's file holds its bindings and its entry. The algorithm follows, once for all formats, then the decoding of W:
+//! `weights_<format>`, the same files as `qmatmul`'s, or `weights_<format>_rows`, eight rows at a time.
 
 use crate::op::*;
+use crate::tensor::Dtype;
 
-pub const KERNELS_F32: &[Kernel] = &[
-    wgsl!("qmatmul_t_f32_naive" + "qmatmul_t_naive" + "weights_f32", one_element_an_invocation, always),
-    wgsl!("qmatmul_t_f32_tiled" + "qmatmul_t_tiled" + "weights_f32", tiles_64x64, always),
-];
-pub const KERNELS_F16: &[Kernel] = &[
-    wgsl!("qmatmul_t_f16_naive" + "qmatmul_t_naive" + "weights_f16", one_element_an_invocation, always),
-    wgsl!("qmatmul_t_f16_tiled" + "qmatmul_t_tiled" + "weights_f16", tiles_64x64, always),
-];
-pub const KERNELS_BF16: &[Kernel] = &[
-    wgsl!("qmatmul_t_bf16_naive" + "qmatmul_t_naive" + "weights_bf16", one_element_an_invocation, always),
-    wgsl!("qmatmul_t_bf16_tiled" + "qmatmul_t_tiled" + "weights_bf16", tiles_64x64, always),
-];
-pub const KERNELS_Q4: &[Kernel] = &[
-    wgsl!(
-        "qmatmul_t_q4_naive" + "qmatmul_t_naive" + "weights_q4" + "weights_q4_scales",
-        one_element_an_invocation,
-        always
-    ),
-    wgsl!("qmatmul_t_q4_tiled" + "qmatmul_t_tiled" + "weights_q4" + "weights_q4_scales", tiles_64x64, always),
-];
-pub const KERNELS_Q8: &[Kernel] = &[
-    wgsl!(
-        "qmatmul_t_q8_naive" + "qmatmul_t_naive" + "weights_q8" + "weights_q8_scales",
-        one_element_an_invocation,
-        always
-    ),
-    wgsl!("qmatmul_t_q8_tiled" + "qmatmul_t_tiled" + "weights_q8" + "weights_q8_scales", tiles_64x64, always),
-];
-pub const KERNELS_NF4: &[Kernel] = &[
-    wgsl!(
-        "qmatmul_t_nf4_naive" + "qmatmul_t_naive" + "weights_nf4" + "weights_nf4_scales",
-        one_element_an_invocation,
-        always
-    ),
-    wgsl!("qmatmul_t_nf4_tiled" + "qmatmul_t_tiled" + "weights_nf4" + "weights_nf4_scales", tiles_64x64, always),
-];
-pub const KERNELS_NF4DQ: &[Kernel] = &[
-    wgsl!(
-        "qmatmul_t_nf4dq_naive" + "qmatmul_t_naive" + "weights_nf4dq" + "weights_nf4dq_scales",
-        one_element_an_invocation,
-        always
-    ),
-    wgsl!("qmatmul_t_nf4dq_tiled" + "qmatmul_t_tiled" + "weights_nf4dq" + "weights_nf4dq_scales", tiles_64x64, always),
-];
+/// `shaders/<words>.wgsl`.
+macro_rules! shader {
+    ($($word:literal)*) => { crate::op::file!(concat!("shaders/", $($word,)* ".wgsl")) };
+}
+
+/// A format's rungs, the scales' file too where there is one.
+macro_rules! kernels {
+    ($name:ident, $word:literal $(, $scales:literal)?) => {
+        pub const $name: &[Kernel] = &[
+            rung(
+                concat!("qmatmul_t_", $word, "_naive"),
+                &[shader!("qmatmul_t_" $word "_naive"), NAIVE, shader!("weights_" $word), $(shader!($scales),)?],
+                one_element_an_invocation,
+                always,
+            ),
+            rung(
+                concat!("qmatmul_t_", $word, "_tiled"),
+                &[shader!("qmatmul_t_" $word "_tiled"), TILED, shader!("weights_" $word), $(shader!($scales),)?],
+                tiles_64x64,
+                always,
+            ),
+            rung(
+                concat!("qmatmul_t_", $word, "_broadcast"),
+                &[
+                    shader!("qmatmul_t_" $word "_broadcast"), BROADCAST, shader!("weights_" $word "_rows"),
+                    $(shader!($scales),)?
+                ],
+                tiles_32x16,
+                on_a_processor,
+            ),
+        ];
+    };
+}
+kernels!(KERNELS_F32, "f32");
+kernels!(KERNELS_F16, "f16");
+kernels!(KERNELS_BF16, "bf16");
+kernels!(KERNELS_Q4, "q4", "weights_q4_scales");
+kernels!(KERNELS_Q8, "q8", "weights_q8_scales");
+kernels!(KERNELS_NF4, "nf4", "weights_nf4_scales");
+kernels!(KERNELS_NF4DQ, "nf4dq", "weights_nf4dq_scales");
+
+const NAIVE: File = shader!("qmatmul_t_naive");
+const TILED: File = shader!("qmatmul_t_tiled");
+const BROADCAST: File = shader!("qmatmul_t_broadcast");
+
+const fn rung(
+    stem: &'static str,
+    files: &'static [File],
+    launch: fn(&Dims) -> Launch,
+    supports: fn(&Dims, &Caps) -> bool,
+) -> Kernel {
+    Kernel { stem, source: Source::Wgsl(files), act: Dtype::F32, launch, supports }
+}
 
 fn one_element_an_invocation(d: &Dims) -> Launch {
     Launch { grid: [d["K"].div_ceil(64) as u32, d["M"] as u32, 1], block: [64, 1, 1], shared_bytes: 0 }
@@ -62,4 +73,14 @@ fn one_element_an_invocation(d: &Dims) -> Launch {
 fn tiles_64x64(d: &Dims) -> Launch {
     let grid = [d["K"].div_ceil(64) as u32, d["M"].div_ceil(64) as u32, 1];
     Launch { grid, block: [64, 1, 1], shared_bytes: 8192 }
+}
+
+fn tiles_32x16(d: &Dims) -> Launch {
+    Launch { grid: [d["K"].div_ceil(32) as u32, d["M"].div_ceil(16) as u32, 1], block: [8, 1, 1], shared_bytes: 0 }
+}
+
+/// Rows of dy, W and dx begin at 16 bytes, and no chunk of 32 rows or columns of W ends beyond one.
+fn on_a_processor(d: &Dims, caps: &Caps) -> bool {
+    let whole = d["N"].is_multiple_of(32) && d["K"].is_multiple_of(32);
+    caps.software && caps.subgroup.0 >= 8 && whole && d["LDY"].is_multiple_of(4) && d["Y0"].is_multiple_of(4)
 }
