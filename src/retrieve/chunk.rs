@@ -32,7 +32,7 @@ pub struct Chunking {
 
 impl Default for Chunking {
     fn default() -> Chunking {
-        Chunking { max_tokens: 256, join: 64, overlap: 32 }
+        Chunking { max_tokens: 256, join: 32, overlap: 32 }
     }
 }
 
