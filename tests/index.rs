@@ -2,6 +2,8 @@
 //! meanwhile, and what a process that was killed leaves. Most tests use a tiny embedding model made here; those of
 //! real models and documents need `tools/fetch_models` and `tools/fetch_data`, or HANDMILL_MODELS and HANDMILL_DATA.
 
+#[path = "index/cut.rs"]
+mod cut;
 #[path = "index/damage.rs"]
 mod damage;
 #[path = "index/files.rs"]

@@ -117,3 +117,40 @@ fn what_no_state_speaks_of_is_swept_away() {
     build(&idx, &docs);
     assert_eq!(tree(&idx.join("segments")).len(), 1);
 }
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_keeps_what_is_done() {
+    let folder = tempfile::tempdir().unwrap();
+    let (docs, idx, unbroken) = (folder.path().join("d"), folder.path().join("idx"), folder.path().join("unbroken"));
+    many(&docs, 240, "first");
+    let model = tiny_dir().join("tiny");
+    let args = [
+        "index",
+        "build",
+        "--model",
+        str(&model),
+        "--docs",
+        str(&docs),
+        "--out",
+        str(&idx),
+        "--save-every",
+        "8",
+        "--device",
+        "cpu",
+    ];
+    let mut child = start(&args);
+    while Index::open_any(&idx).and_then(|index| index.info()).map_or(0, |info| info.documents) == 0 {
+        assert!(child.try_wait().unwrap().is_none(), "it ended before anything was there");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let id = child.id().to_string();
+    assert!(std::process::Command::new("kill").args(["-INT", &id]).status().unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    let there = Index::open_any(&idx).unwrap().info().unwrap().documents;
+    assert!(there > 0 && there < 240, "{there}");
+    let report = json(&[&args[..], &["--json"]].concat());
+    assert_eq!((&report["status"], &report["unchanged"]), (&"done".into(), &there.into()));
+    build(&unbroken, &docs);
+    same(&idx, &unbroken);
+}
