@@ -11,7 +11,7 @@ use clap::{Args, Subcommand};
 use handmill::error::quote;
 use handmill::retrieve::chunk::Chunking;
 use handmill::retrieve::files;
-use handmill::retrieve::index::{self, Index as Opened, Options, Progress, Report};
+use handmill::retrieve::index::{self, Index as Opened, Options, Progress, Report, SAVE_EVERY};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{json, Value};
 
@@ -44,7 +44,7 @@ enum Command {
 ///
 /// Reads .txt .rst .md .html .pdf and .jsonl (rows with text, and title, path or id if they like). Only what changed
 /// since the last run is embedded; documents that are no longer there leave the index (`index add` keeps them).
-/// Hidden files and links are not followed. Ctrl-C keeps what is done. With --json: out, status, added, changed,
+/// Hidden files and links are not followed. Documents are named as --docs is written: write it alike each time. Ctrl-C keeps what is done. With --json: out, status, added, changed,
 /// unchanged, removed, chunks, skipped: [{path, reason}], other_files, seconds, chunks_per_s, device, peak_bytes.
 #[derive(Args)]
 struct Build {
@@ -82,12 +82,15 @@ struct Files {
     /// Tokens of a passage at most [default: 256, or what the model takes]
     #[arg(long, value_name = "N")]
     chunk_tokens: Option<usize>,
-    /// Put whole paragraphs together up to so many tokens [default: 64]
+    /// Put whole paragraphs together up to so many tokens [default: 32]
     #[arg(long, value_name = "N")]
     join: Option<usize>,
     /// Tokens that passages cut out of one long paragraph share [default: 32]
     #[arg(long, value_name = "N")]
     overlap: Option<usize>,
+    /// Passages that a run that is killed may lose; twenty seconds' work at most
+    #[arg(long, value_name = "N", default_value_t = SAVE_EVERY)]
+    save_every: usize,
 }
 
 /// Remove documents from an index
@@ -193,7 +196,8 @@ impl Files {
 fn bring(dir: &Path, files: &Files, common: &Common, all: bool) -> Result<()> {
     let device = common.open_device()?;
     let embedder = open_embedder(&files.model, &device)?;
-    let options = Options { chunking: files.chunking(dir, embedder.max_tokens)? };
+    let chunking = files.chunking(dir, embedder.max_tokens)?;
+    let options = Options { chunking, save_every: Some(files.save_every) };
     let stop = Arc::new(AtomicBool::new(false));
     let flag = stop.clone();
     ctrlc::set_handler(move || {

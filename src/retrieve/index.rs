@@ -21,7 +21,7 @@ use std::sync::Mutex;
 
 use globset::{GlobBuilder, GlobMatcher};
 
-pub use build::{add, build, Options, Progress, Report};
+pub use build::{add, build, Options, Progress, Report, SAVE_EVERY};
 pub use database::Meta;
 pub use writer::{compact, remove, Compacted, Removed};
 

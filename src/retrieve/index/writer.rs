@@ -202,8 +202,9 @@ impl Writer {
         Ok(removed)
     }
 
-    /// Brings the log into the database's file, where no reader holds it back.
+    /// Brings the log into the database's file, where no reader holds it back; none is waited for.
     pub fn settle(&self) {
+        let _ = self.database.connection.busy_timeout(std::time::Duration::ZERO);
         let done = self.database.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()));
         if let Err(error) = done {
             log::debug!("the log stays for now: {error}");
@@ -410,6 +411,7 @@ pub fn compact(dir: &Path) -> Result<Compacted, Error> {
         transaction.commit()
     })?;
     drop(segments);
+    writer.settle();
     writer.alive = written.iter().map(|(number, _, group)| (*number, filled(group.len()))).collect();
     writer.sweep();
     // A reader may hold the old pages; the next compaction gets them then.
