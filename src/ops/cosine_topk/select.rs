@@ -1,6 +1,7 @@
-//! Lists of the K best: the order, and a list that rows are put in one after another.
+//! Lists of the K best: the order, and lists that rows are put in one after another.
 
 use super::NO_ROW;
+use crate::ops::vector::LANES;
 
 /// A row and its score.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -48,13 +49,17 @@ impl Best {
         2 * k + 32
     }
 
-    /// No row with a score below it can still enter.
+    /// The least score that a row of a larger id than all before can enter with: where many rows tie, only the first do.
     #[inline]
-    pub fn threshold(&self) -> f32 {
-        self.last.score
+    pub fn enter(&self) -> f32 {
+        if self.last.id == NO_ROW {
+            self.last.score
+        } else {
+            self.last.score.next_up()
+        }
     }
 
-    /// Puts a row in; returns true when the threshold may have risen.
+    /// Puts a row in if it is among the best so far; returns true when [`Best::enter`] may have risen.
     #[inline]
     pub fn put(&mut self, row: Scored) -> bool {
         if !row.before(&self.last) {
@@ -75,12 +80,68 @@ impl Best {
         self.rows.truncate(self.k);
     }
 
-    /// Writes the list, sorted, and what fills the places left; the next list begins.
-    pub fn finish(&mut self, ids: &mut [u32], scores: &mut [f32]) {
+    /// Writes the list, sorted, and what fills the places left.
+    pub fn finish(mut self, ids: &mut [u32], scores: &mut [f32]) {
         self.rows.sort_unstable_by(Scored::order);
         let all = self.rows.iter().copied().chain(std::iter::repeat(Scored::NONE));
         for ((id, score), row) in ids.iter_mut().zip(scores).zip(all) {
             (*id, *score) = (row.id, row.score);
         }
+    }
+}
+
+/// The lists of many queries over ascending rows, and one vector of thresholds for each [`LANES`] of them: a comparison
+/// passes over as many scores.
+pub struct Lists<'a> {
+    /// [`Best::enter`] of each query; where there is none, infinity.
+    enter: Vec<f32>,
+    best: Vec<Best>,
+    filter: &'a [u32],
+    base: usize,
+}
+
+impl Lists<'_> {
+    /// Empty lists of `k` places, a query each floor. Queries are counted up to `lanes`.
+    pub fn new<'a>(k: usize, floor: &[f32], lanes: usize, filter: &'a [u32], base: usize) -> Lists<'a> {
+        let mut enter = floor.to_vec();
+        enter.resize(lanes, f32::INFINITY);
+        Lists { enter, best: floor.iter().map(|floor| Best::new(k, *floor)).collect(), filter, base }
+    }
+
+    /// What scores of the queries from `query` on must be at least to matter.
+    #[inline]
+    pub fn enter(&self, query: usize) -> &[f32; LANES] {
+        self.enter[query..].first_chunk().expect("queries are counted up to whole vectors")
+    }
+
+    /// True when the filter leaves none of these rows.
+    pub fn skips(&self, rows: std::ops::Range<usize>) -> bool {
+        !self.filter.is_empty() && rows.into_iter().all(|row| !self.passes(row))
+    }
+
+    #[inline]
+    fn passes(&self, row: usize) -> bool {
+        self.filter.is_empty() || self.filter[row / 32] >> (row % 32) & 1 == 1
+    }
+
+    /// Puts in the scores of `row` with the queries from `query` on whose bit of `which` is set.
+    #[inline(never)]
+    pub fn put(&mut self, row: usize, query: usize, scores: &[f32; LANES], mut which: u16) {
+        if !self.passes(row) {
+            return;
+        }
+        while which != 0 {
+            let lane = which.trailing_zeros() as usize;
+            which &= which - 1;
+            let best = &mut self.best[query + lane];
+            if best.put(Scored { score: scores[lane], id: (self.base + row) as u32 }) {
+                self.enter[query + lane] = best.enter();
+            }
+        }
+    }
+
+    /// The queries' lists, in order.
+    pub fn into_best(self) -> Vec<Best> {
+        self.best
     }
 }
