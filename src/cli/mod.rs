@@ -7,6 +7,7 @@ mod eval;
 mod finetune;
 mod generate;
 mod quantize;
+mod search;
 mod sim;
 mod sim_trace;
 mod verify;
@@ -47,6 +48,7 @@ enum Command {
     Generate(generate::Generate),
     Eval(eval::Eval),
     Embed(embed::Embed),
+    Search(Box<search::Search>),
     Quantize(quantize::Quantize),
     Finetune(Box<finetune::Finetune>),
     Adapter(adapter::Adapter),
@@ -98,6 +100,7 @@ pub fn main() -> ExitCode {
         Command::Generate(command) => command.run(),
         Command::Eval(command) => command.run(),
         Command::Embed(command) => command.run(),
+        Command::Search(command) => command.run(),
         Command::Quantize(command) => command.run(),
         Command::Finetune(command) => command.run(),
         Command::Adapter(command) => command.run(),

@@ -110,6 +110,18 @@ const fn spec(
     }
 }
 
+/// How far a score of this kernel may be from the real product of `d` elements, relative to the norms of query and row:
+/// Σ|q·x| ≤ ‖q‖·‖x‖ (Cauchy, Schwarz), and a sum of n terms in any order is off by at most n·u/(1 − n·u) of that, u the
+/// unit roundoff of f32 (Higham 2002, 4.2); eight more for the scales of codes and the rounding of what it is compared
+/// with. Narrower factors add one rounding of their type each.
+pub fn score_error(kernel: &Kernel, d: usize) -> f64 {
+    let roundings = (d + 8) as f64 * Dtype::F32.unit_roundoff();
+    let narrow = if kernel.act == Dtype::F32 { 0.0 } else { kernel.act.unit_roundoff() };
+    // Beyond ten million elements nothing is known.
+    let sum = if roundings < 0.5 { roundings / (1.0 - roundings) } else { f64::INFINITY };
+    sum * (1.0 + narrow).powi(2) + 2.0 * narrow + narrow * narrow
+}
+
 fn cost(d: &Dims, row_bytes: usize, query_bytes: usize) -> Cost {
     let filter = 4 * d["FILTER"] * d["N"].div_ceil(32);
     let lists = 8 * d["Q"] * d["S"] * d["K"];

@@ -80,10 +80,16 @@ impl Best {
         self.rows.truncate(self.k);
     }
 
-    /// Writes the list, sorted, and what fills the places left.
-    pub fn finish(mut self, ids: &mut [u32], scores: &mut [f32]) {
+    /// The list: at most K rows, the best first.
+    pub fn into_sorted(mut self) -> Vec<Scored> {
         self.rows.sort_unstable_by(Scored::order);
-        let all = self.rows.iter().copied().chain(std::iter::repeat(Scored::NONE));
+        self.rows.truncate(self.k);
+        self.rows
+    }
+
+    /// Writes the list and what fills the places left.
+    pub fn finish(self, ids: &mut [u32], scores: &mut [f32]) {
+        let all = self.into_sorted().into_iter().chain(std::iter::repeat(Scored::NONE));
         for ((id, score), row) in ids.iter_mut().zip(scores).zip(all) {
             (*id, *score) = (row.id, row.score);
         }
