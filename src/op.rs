@@ -343,6 +343,8 @@ pub enum Simd {
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// AVX-512 with BF16, and AMX tiles of bf16 that the system lets this process use.
+    Amx,
 }
 
 /// What a device can do: the facts `supports` looks at.
@@ -528,4 +530,9 @@ pub fn has_avx2(_: &Dims, caps: &Caps) -> bool {
 /// For Rust kernels in AVX-512.
 pub fn has_avx512(_: &Dims, caps: &Caps) -> bool {
     caps.simd >= Simd::Avx512
+}
+
+/// For kernels on AMX tiles.
+pub fn has_amx(_: &Dims, caps: &Caps) -> bool {
+    caps.simd >= Simd::Amx
 }

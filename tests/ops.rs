@@ -117,7 +117,7 @@ fn table(spec: &'static OpSpec) -> Result<(), Failed> {
         }
     }
     // What each CPU rung supports, seen from processors of every width.
-    for simd in [Simd::Portable, Simd::Avx2, Simd::Avx512] {
+    for simd in [Simd::Portable, Simd::Avx2, Simd::Avx512, Simd::Amx] {
         let mut caps = Cpu::new().caps().clone();
         caps.simd = simd;
         for case in spec.cases {
@@ -128,7 +128,7 @@ fn table(spec: &'static OpSpec) -> Result<(), Failed> {
         }
         for kernel in spec.kernels().filter(|k| DeviceKind::Cpu.runs(&k.source)) {
             let used = |case: &Case| (kernel.supports)(&spec.case_dims(case), &caps);
-            if simd == Simd::Avx512 && !spec.cases.iter().any(used) {
+            if simd == Simd::Amx && !spec.cases.iter().any(used) {
                 faults.push(format!("no case for {}", kernel.stem));
             }
         }

@@ -122,6 +122,7 @@ fn simd(simd: Simd) -> &'static str {
         Simd::Portable => "portable",
         Simd::Avx2 => "avx2",
         Simd::Avx512 => "avx512",
+        Simd::Amx => "amx",
     }
 }
 

@@ -88,6 +88,10 @@ fn detect_simd() -> Simd {
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl");
+        #[cfg(target_os = "linux")]
+        if has_avx2 && has_avx512 && crate::ops::amx::available() {
+            return Simd::Amx;
+        }
         if has_avx2 && has_avx512 {
             return Simd::Avx512;
         }
@@ -129,6 +133,7 @@ impl Device for Cpu {
             Simd::Portable => "portable code",
             Simd::Avx2 => "AVX2",
             Simd::Avx512 => "AVX-512",
+            Simd::Amx => "AVX-512 and AMX",
         };
         format!("{}, {} threads, {simd}", processor_name(), rayon::current_num_threads())
     }

@@ -2,6 +2,8 @@
 
 pub mod adamw;
 pub mod add;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub(crate) mod amx;
 pub mod attention;
 pub mod attention_backward;
 pub mod cast;

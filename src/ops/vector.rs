@@ -82,7 +82,7 @@ pub fn for_simd(simd: Simd, body: impl Body) {
             unsafe { x86::run_avx2(body) }
         }
         #[cfg(target_arch = "x86_64")]
-        Simd::Avx512 => {
+        Simd::Avx512 | Simd::Amx => {
             assert!(is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw"));
             assert!(is_x86_feature_detected!("avx512dq") && is_x86_feature_detected!("avx512vl"));
             // SAFETY: the processor has the features.

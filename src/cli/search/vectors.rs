@@ -57,6 +57,11 @@ enum Format {
 }
 
 impl VectorSearch {
+    /// True when the flags ask for this kind of search.
+    pub fn asked(&self) -> bool {
+        self.corpus.is_some()
+    }
+
     pub fn run(&self, k: usize, common: &Common) -> Result<()> {
         let (Some(corpus_path), Some(queries_path)) = (&self.corpus, &self.queries) else {
             return Err(Usage("give --corpus and --queries".into()).into());

@@ -1,9 +1,10 @@
-//! `qmatmul` on the CPU, three rungs a format, the last two for each instruction set:
+//! `qmatmul` on the CPU, three rungs a format, the last two for each instruction set, and one for AMX in a room of its own:
 //!
 //! | variant | idea | for |
 //! | --- | --- | --- |
 //! | `naive` | decode a row of W, one dot product after another | reading |
 //! | `gemm` | decode W once into f32, then one large product by the `gemm` crate | many tokens |
+//! | `amx` | the same on tiles of bf16, three to a number | processors that have them |
 //! | `rows` | a row of W is decoded in registers as it streams by and meets every x: no decoded W in memory | M ≤ 16 |
 //!
 //! ```text
@@ -45,6 +46,8 @@ macro_rules! kernels {
             rung(concat!("qmatmul_", $word, "_gemm"), |d, a| gemm($word, Simd::Portable, d, a), always),
             rung(concat!("qmatmul_", $word, "_gemm_avx2"), |d, a| gemm($word, Simd::Avx2, d, a), avx2),
             rung(concat!("qmatmul_", $word, "_gemm_avx512"), |d, a| gemm($word, Simd::Avx512, d, a), avx512),
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            rung(concat!("qmatmul_", $word, "_amx"), |d, a| super::amx::launch($word, d, a), has_amx),
             rung(concat!("qmatmul_", $word, "_rows"), |d, a| rows($word, Simd::Portable, d, a), few_rows),
             rung(concat!("qmatmul_", $word, "_rows_avx2"), |d, a| rows($word, Simd::Avx2, d, a), few_rows_avx2),
             rung(concat!("qmatmul_", $word, "_rows_avx512"), |d, a| rows($word, Simd::Avx512, d, a), few_rows_avx512),
@@ -85,24 +88,24 @@ fn few_rows_avx512(d: &Dims, caps: &Caps) -> bool {
 }
 
 /// A launch's arguments by name.
-struct Args<'a> {
-    m: usize,
-    n: usize,
-    k: usize,
-    x: &'a [f32],
-    w: Weights<'a>,
-    extra: Extra<'a>,
-    y: Output<'a>,
+pub struct Args<'a> {
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    pub x: &'a [f32],
+    pub w: Weights<'a>,
+    pub extra: Extra<'a>,
+    pub y: Output<'a>,
 }
 
 /// What is added to a product: the bias and the low-rank term.
 #[derive(Clone, Copy)]
-struct Extra<'a> {
-    bias: &'a [f32],
-    s: f32,
-    r: usize,
-    lora_s: &'a [f32],
-    lora_b: &'a [f32],
+pub struct Extra<'a> {
+    pub bias: &'a [f32],
+    pub s: f32,
+    pub r: usize,
+    pub lora_s: &'a [f32],
+    pub lora_b: &'a [f32],
 }
 
 impl Extra<'_> {
@@ -119,7 +122,7 @@ impl Extra<'_> {
 }
 
 /// y's columns Y0..Y0+N, written by several threads, each its own columns or rows.
-struct Output<'a> {
+pub struct Output<'a> {
     first: *mut f32,
     ld: usize,
     m: usize,
@@ -149,6 +152,17 @@ impl<'a> Output<'a> {
         unsafe { *self.first.add(m * self.ld + n) = value }
     }
 
+    /// Where element (m, n) lies.
+    pub fn at(&self, m: usize, n: usize) -> *mut f32 {
+        assert!(m < self.m && n < self.n);
+        self.first.wrapping_add(m * self.ld + n)
+    }
+
+    /// Numbers from one row to the next.
+    pub fn stride(&self) -> usize {
+        self.ld
+    }
+
     /// Row m.
     ///
     /// # Safety
@@ -161,7 +175,7 @@ impl<'a> Output<'a> {
     }
 }
 
-fn arguments<'a>(word: &str, d: &Dims, args: &'a mut [Slice<'_>]) -> Args<'a> {
+pub fn arguments<'a>(word: &str, d: &Dims, args: &'a mut [Slice<'_>]) -> Args<'a> {
     let (m, n, k) = (d["M"], d["N"], d["K"]);
     let (y, inputs) = args.split_last_mut().expect("arguments of the contract");
     let [x, rest @ ..] = &*inputs else { unreachable!("arguments of the contract") };

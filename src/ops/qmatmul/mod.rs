@@ -4,6 +4,8 @@
 //! arguments are then empty. y is columns Y0..Y0+N of a matrix `[M,LDY]`, so that W can be split by rows, or several W
 //! share one y. S = x·Aᵀ is `lora_shrink`'s; with it the low-rank term costs no pass over y of its own.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
 mod cpu;
 mod ptx;
 mod wgsl;
@@ -64,6 +66,7 @@ const PLAIN_CASES: &[Case] = &[
     case_with(&[1, 257, 576, 257, 0, 1, 0], &[0.0], "one token, odd rows"),
     case_with(&[257, 65, 33, 65, 0, 0, 0], &[0.0], "many tokens, few columns"),
     case_with(&[16, 70, 1096, 70, 0, 1, 3], &[0.5], "16 rows, columns past two steps of 512"),
+    case_with(&[161, 34, 1601, 34, 0, 0, 2], &[0.5], "more rows and columns than a core's cache holds in bf16 parts"),
     case_with(&[5, 384, 1536, 384, 0, 1, 0], &[0.0], "MiniLM's second feed-forward matrix"),
 ];
 const Q4_CASES: &[Case] = &[

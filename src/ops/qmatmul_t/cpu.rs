@@ -3,6 +3,7 @@
 //! | variant | idea |
 //! | --- | --- |
 //! | `naive` | decode a row of W, add it to every row of dx, times dy |
+//! | `amx` | the same on tiles of bf16, three to a number, in a room of its own |
 //! | `gemm` | decode a panel of W's rows into f32, then one large product by the `gemm` crate, added to dx |
 //!
 //! A panel has the same rows whatever the number of threads, so dx is the same sum in the same order.
@@ -31,6 +32,8 @@ macro_rules! kernels {
             rust(concat!("qmatmul_t_", $word, "_gemm"), |d, a| gemm($word, Simd::Portable, d, a), always),
             rust(concat!("qmatmul_t_", $word, "_gemm_avx2"), |d, a| gemm($word, Simd::Avx2, d, a), has_avx2),
             rust(concat!("qmatmul_t_", $word, "_gemm_avx512"), |d, a| gemm($word, Simd::Avx512, d, a), has_avx512),
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            rust(concat!("qmatmul_t_", $word, "_amx"), |d, a| super::amx::launch($word, d, a), has_amx),
         ];
     };
 }
@@ -43,22 +46,22 @@ kernels!(KERNELS_NF4, "nf4");
 kernels!(KERNELS_NF4DQ, "nf4dq");
 
 /// A launch's arguments by name.
-struct Args<'a> {
-    m: usize,
-    n: usize,
-    k: usize,
-    r: usize,
+pub struct Args<'a> {
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    pub r: usize,
     /// [M,LDY] from column Y0 on.
-    dy: &'a [f32],
-    ldy: usize,
-    w: Weights<'a>,
-    ds: &'a [f32],
-    lora_a: &'a [f32],
-    dx: &'a mut [f32],
+    pub dy: &'a [f32],
+    pub ldy: usize,
+    pub w: Weights<'a>,
+    pub ds: &'a [f32],
+    pub lora_a: &'a [f32],
+    pub dx: &'a mut [f32],
 }
 
 /// By name; dx is made zero where nothing is to be added to it.
-fn arguments<'a>(word: &str, d: &Dims, args: &'a mut [Slice<'_>]) -> Args<'a> {
+pub fn arguments<'a>(word: &str, d: &Dims, args: &'a mut [Slice<'_>]) -> Args<'a> {
     let (dx, inputs) = args.split_last_mut().expect("arguments of the contract");
     let [dy, rest @ ..] = &*inputs else { unreachable!("arguments of the contract") };
     let (parts, rest) = rest.split_at(part_count(word));
@@ -159,11 +162,11 @@ fn multiply(x: &[f32], ldx: usize, w: &[f32], rows: usize, dx: &mut [f32], k: us
 }
 
 /// Rows `first..` of W into `rows`.
-struct Decode<'a> {
-    w: Weights<'a>,
-    first: usize,
-    rows: &'a mut [f32],
-    k: usize,
+pub struct Decode<'a> {
+    pub w: Weights<'a>,
+    pub first: usize,
+    pub rows: &'a mut [f32],
+    pub k: usize,
 }
 
 impl Body for Decode<'_> {

@@ -11,6 +11,8 @@
 //! dS = s·dy·B is `lora_backward`'s. With dropout on the adapter's input its term passes the mask first: give this op
 //! R = 0, make dS·A by a second launch in f32 with A in the place of W, and add it by `dropout`.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
 mod cpu;
 mod ptx;
 mod wgsl;
@@ -43,6 +45,7 @@ const PLAIN_CASES: &[Case] = &[
     case(&[65, 7, 257, 7, 0, 8, 0], "one past a power of two, rank 8"),
     case(&[257, 65, 33, 65, 0, 0, 1], "many tokens, few columns, added to dx"),
     case(&[33, 257, 384, 257, 0, 33, 0], "odd rank"),
+    case(&[530, 34, 40, 34, 0, 2, 0], "more rows than are taken at once"),
     case(&[5, 384, 1536, 384, 0, 0, 0], "MiniLM's second feed-forward matrix"),
 ];
 const Q4_CASES: &[Case] = &[
