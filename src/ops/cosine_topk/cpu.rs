@@ -4,6 +4,7 @@
 //! | --- | --- | --- |
 //! | `naive` | one dot product after another | reading |
 //! | `tiled` | a tile of rows by 16 or 32 queries in registers; rows pass once, whatever the number of queries | f32 sums |
+//! | `amx` | blocks of 32 rows by 32 queries on tiles of bf16, two to a number, or of codes ([`super::amx`]) | speed |
 //!
 //! ```text
 //! tiled:  for each split, threads side by side
@@ -16,6 +17,7 @@ use super::select::{Best, Lists, Scored};
 use super::CODE_PITCH;
 use crate::op::*;
 use crate::ops::vector::{for_simd, prefetch, Body, Vector, LANES};
+use crate::tensor::Dtype;
 use half::f16;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -23,9 +25,9 @@ use std::ops::Range;
 /// Bytes of rows, as f32, that stay near while all queries meet them.
 const NEAR: usize = 64 << 10;
 
-/// A format's rungs: the plain one, then tiles in each instruction set.
+/// A format's rungs: the plain one, then tiles in each instruction set. Those on AMX are of bf16, but for codes.
 macro_rules! kernels {
-    ($name:ident, $word:literal) => {
+    ($name:ident, $word:literal, $act:expr, $has_amx:path) => {
         pub const $name: &[Kernel] = &[
             rust(concat!("cosine_topk_", $word, "_naive"), |d, args| naive($word, d, args), always),
             rust(concat!("cosine_topk_", $word, "_tiled"), |d, args| tiled($word, Simd::Portable, d, args), always),
@@ -37,16 +39,21 @@ macro_rules! kernels {
                 |d, args| tiled($word, Simd::Avx512, d, args),
                 has_avx512,
             ),
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Kernel {
+                act: $act,
+                ..rust(concat!("cosine_topk_", $word, "_amx"), |d, args| super::amx::launch($word, d, args), $has_amx)
+            },
         ];
     };
 }
-kernels!(KERNELS_F32, "f32");
-kernels!(KERNELS_F16, "f16");
-kernels!(KERNELS_I8, "i8");
+kernels!(KERNELS_F32, "f32", Dtype::BF16, has_amx);
+kernels!(KERNELS_F16, "f16", Dtype::BF16, has_amx);
+kernels!(KERNELS_I8, "i8", Dtype::F32, super::amx::has_amx_int8);
 
 /// N rows as they are stored.
 #[derive(Clone, Copy)]
-enum Rows<'a> {
+pub enum Rows<'a> {
     /// [N,D].
     F32(&'a [f32]),
     /// [N,D].
@@ -56,19 +63,19 @@ enum Rows<'a> {
 }
 
 /// A launch's arguments by name.
-struct Args<'a> {
+pub struct Args<'a> {
     /// [Q,D]; empty for i8.
-    q: &'a [f32],
-    rows: Rows<'a>,
-    filter: &'a [u32],
-    floor: &'a [f32],
+    pub q: &'a [f32],
+    pub rows: Rows<'a>,
+    pub filter: &'a [u32],
+    pub floor: &'a [f32],
     /// [Q,S,K].
-    ids: &'a mut [u32],
+    pub ids: &'a mut [u32],
     /// [Q,S,K].
-    scores: &'a mut [f32],
+    pub scores: &'a mut [f32],
 }
 
-fn arguments<'a>(format: &str, args: &'a mut [Slice<'_>]) -> Args<'a> {
+pub fn arguments<'a>(format: &str, args: &'a mut [Slice<'_>]) -> Args<'a> {
     let (inputs, outputs) = args.split_at_mut(args.len() - 2);
     let [Slice::Out(ids), Slice::Out(scores)] = outputs else { unreachable!("two outputs") };
     let (ids, scores) = (bytemuck::cast_slice_mut(ids), bytemuck::cast_slice_mut(scores));

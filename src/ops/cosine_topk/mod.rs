@@ -8,13 +8,16 @@
 //! ```
 //!
 //! Places that nothing fills have id 0xFFFFFFFF and score −∞. Scores compare as numbers: −0 equals 0. All inputs are
-//! finite, but for a floor of −∞, and unit rows make the products cosines. N and K are at least 1, K at most 2048, and
-//! BASE + N stays below 2³². Scores meet their list as they arise: a matrix of them is never written.
+//! finite, but for a floor of −∞, and unit rows make the products cosines. N and K are at least 1, K at most 2048, D of
+//! codes at most 131072 (their sums fit an i32), and BASE + N stays below 2³². Scores meet their list as they arise: a
+//! matrix of them is never written.
 //!
 //! `floor` carries what earlier launches found: rows below a query's K best so far need no list. `topk_merge` joins the
 //! lists of a launch into one. A kernel whose [`Kernel::act`] is BF16 or F16 rounds queries and rows to that type before
-//! it multiplies; the caller bounds what that moves a score by, and computes the survivors' anew.
+//! it multiplies; a caller bounds by [`score_error`] what that moves a score by, and computes the survivors' anew.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
 mod cpu;
 mod data;
 mod merge;
@@ -29,6 +32,8 @@ pub use merge::TOPK_MERGE;
 
 /// The id of a place that no row fills.
 pub const NO_ROW: u32 = u32::MAX;
+/// The longest rows of codes: 127² of them together stay below 2³¹.
+pub const MAX_CODES: usize = 1 << 17;
 /// Most places of a list.
 pub const MAX_K: usize = 2048;
 /// Codes of a row, and of a query beside them, are padded with zeros to a multiple of this: rows begin aligned.
@@ -113,13 +118,19 @@ const fn spec(
 /// How far a score of this kernel may be from the real product of `d` elements, relative to the norms of query and row:
 /// Σ|q·x| ≤ ‖q‖·‖x‖ (Cauchy, Schwarz), and a sum of n terms in any order is off by at most n·u/(1 − n·u) of that, u the
 /// unit roundoff of f32 (Higham 2002, 4.2); eight more for the scales of codes and the rounding of what it is compared
-/// with. Narrower factors add one rounding of their type each.
+/// with. Narrower factors add one rounding of their type each. `amx` holds a number in two bf16, which are off by u²
+/// at most, u now that of bf16, and leaves out the product of the two low ones, another u²: three products for one.
 pub fn score_error(kernel: &Kernel, d: usize) -> f64 {
-    let roundings = (d + 8) as f64 * Dtype::F32.unit_roundoff();
-    let narrow = if kernel.act == Dtype::F32 { 0.0 } else { kernel.act.unit_roundoff() };
-    // Beyond ten million elements nothing is known.
+    let u = if kernel.act == Dtype::F32 { 0.0 } else { kernel.act.unit_roundoff() };
+    let (terms, factors) = match kernel.act == Dtype::BF16 && kernel.stem.ends_with("_amx") {
+        true => (3 * d, 3.0 * u * u * (1.0 + u)),
+        false => (d, 2.0 * u + u * u),
+    };
+    let roundings = (terms + 8) as f64 * Dtype::F32.unit_roundoff();
+    // Beyond some million elements nothing is known.
     let sum = if roundings < 0.5 { roundings / (1.0 - roundings) } else { f64::INFINITY };
-    sum * (1.0 + narrow).powi(2) + 2.0 * narrow + narrow * narrow
+    // The terms that are summed may be larger than the factors' product by what their rounding adds.
+    sum * (1.0 + 4.0 * u) + factors
 }
 
 fn cost(d: &Dims, row_bytes: usize, query_bytes: usize) -> Cost {

@@ -10,7 +10,7 @@ use super::{Codes, Corpus, Exact, Rows, MAX_NORM};
 use crate::device::{self, Buffer, Device};
 use crate::op::{DeviceKind, Dims, Kernel, OpSpec, Slice, Source};
 use crate::ops::cosine_topk::select::Scored;
-use crate::ops::cosine_topk::{self, CODE_PITCH, MAX_K, NO_ROW};
+use crate::ops::cosine_topk::{self, CODE_PITCH, MAX_CODES, MAX_K, NO_ROW};
 use crate::tensor::Dtype;
 use crate::Error;
 
@@ -24,8 +24,10 @@ const MAX_PLACES: usize = 1 << 24;
 const SPLIT_ROWS: usize = 1024;
 /// Splits of a slab on a device: blocks for every processor of a large one.
 const DEVICE_SPLITS: usize = 128;
-/// Rows of the host's first launch, whose lists give the others a floor.
+/// Rows of the host's first launch. Each one after it takes so many times the rows before it, whose lists give it a floor:
+/// what is put in lists is little, however many splits there are.
 const FIRST: usize = 4096;
+const GROWTH: usize = 8;
 
 /// What a scan found for one query.
 pub struct Candidates {
@@ -73,7 +75,7 @@ impl<'a> Pass<'a> {
             Exact::F16(_) => &cosine_topk::COSINE_TOPK_F16,
         };
         let mut wanted = Vec::new();
-        if let Rows::I8 { codes, .. } = corpus.rows {
+        if let (Rows::I8 { codes, .. }, true) = (corpus.rows, corpus.d <= MAX_CODES) {
             wanted.push((&cosine_topk::COSINE_TOPK_I8, Dtype::F32, Stored::Codes(codes)));
         }
         wanted.push((exact, Dtype::BF16, Stored::Exact(corpus.exact())));
@@ -119,9 +121,10 @@ impl<'a> Pass<'a> {
     fn cut(&self, n: usize) -> Vec<Slab> {
         let slab = |rows| Slab { rows, resident: None };
         if self.on_host() {
-            let first = if n < 8 * FIRST { 0 } else { FIRST };
-            let parts = [0..first, first..n].into_iter().filter(|rows| !rows.is_empty());
-            return parts.map(slab).collect();
+            let grown = |end: &usize| Some(end.saturating_mul(GROWTH)).filter(|_| *end < n);
+            let ends: Vec<usize> = std::iter::successors(Some(FIRST), grown).map(|end| end.min(n)).collect();
+            let starts = std::iter::once(0).chain(ends.iter().copied());
+            return starts.zip(&ends).map(|(start, end)| slab(start..*end)).collect();
         }
         let most = SLAB.min(self.device.caps().max_binding) / self.row_bytes();
         let rows = (most / 32 * 32).max(32);
@@ -183,7 +186,7 @@ impl<'a> Pass<'a> {
             Stored::Exact(_) if self.relative > 1e-3 => 2 * k + 32,
             Stored::Exact(_) => k / 8 + 8,
         };
-        let places = (k + margin).min(MAX_K);
+        let places = self.places((k + margin).min(MAX_K), queries.len())?;
         let floor = |(least, error): (&Option<f32>, &f64)| {
             least.map_or(f32::NEG_INFINITY, |least| ((least as f64 - error) as f32).next_down())
         };
@@ -193,7 +196,9 @@ impl<'a> Pass<'a> {
         let start =
             |(floor, error): (&f32, &f64)| Candidates { rows: Vec::new(), outside: below(floor), error: *error };
         let mut found: Vec<Candidates> = floors.iter().zip(&errors).map(start).collect();
-        let group = (MAX_PLACES / (places * DEVICE_SPLITS)).clamp(1, queries.len());
+        // Of what a launch binds beside rows, lists and queries may be large.
+        let most = MAX_PLACES.min(self.device.caps().max_binding / 4);
+        let group = (most / (places * DEVICE_SPLITS).max(self.d)).clamp(1, queries.len());
         for slab in &self.slabs {
             for first in (0..queries.len()).step_by(group) {
                 let some = first..queries.len().min(first + group);
@@ -209,21 +214,36 @@ impl<'a> Pass<'a> {
         Ok(found)
     }
 
+    /// As many places as wanted, or as a kernel of the device takes: fewer prove less, and what is left unproven is for
+    /// another pass.
+    fn places(&self, wanted: usize, queries: usize) -> Result<usize, Error> {
+        let n = self.slabs.iter().map(|slab| slab.rows.len()).max().unwrap_or(1);
+        let dims = |places| self.spec.dims(&[queries, n, self.d, places, 1, 0, 0], &[]);
+        let takes = |places: &usize| self.spec.choose(&dims(*places), self.act, self.device.caps()).is_some();
+        let fewer = std::iter::successors(Some(wanted), |places| Some(places / 2).filter(|places| *places > 0));
+        fewer.into_iter().find(takes).ok_or_else(|| self.unsupported(&dims(wanted)))
+    }
+
+    fn unsupported(&self, dims: &Dims) -> Error {
+        let device = self.device.id().to_string();
+        device::Error::Unsupported { op: self.spec.id(), dims: dims.to_string(), device }.into()
+    }
+
     /// The arguments before the rows for these queries, and the error of each query's scores.
     fn prepare(&self, queries: &[&[f32]]) -> (Vec<Vec<u8>>, Vec<f64>) {
         let relative = self.relative;
-        // What may be lost where numbers are too small for f32's normal range.
-        let tiny = self.d as f64 * f32::MIN_POSITIVE as f64;
+        // What may be lost where factors or products are below f32's normal range, and so may be taken for zero.
+        let tiny = |norm: f64| 8.0 * self.d as f64 * f32::MIN_POSITIVE as f64 * (1.0 + norm);
         let norm = |q: &[f32]| q.iter().map(|v| (*v as f64).powi(2)).sum::<f64>().sqrt();
         if let Stored::Exact(_) = self.stored {
-            let errors = queries.iter().map(|q| relative * norm(q) * MAX_NORM + tiny).collect();
+            let errors = queries.iter().map(|q| relative * norm(q) * MAX_NORM + tiny(norm(q))).collect();
             return (vec![bytemuck::cast_slice(&queries.concat()).to_vec()], errors);
         }
         let codes: Vec<QueryCodes> = queries.iter().map(|query| QueryCodes::of(query)).collect();
         // Decoded rows are a little longer than rows, by no more than what they leave out.
         let error = |q: &QueryCodes| {
             let longest = MAX_NORM + self.residual;
-            self.residual * q.norm + q.residual as f64 * MAX_NORM + relative * (q.norm * longest + 1e-6) + tiny
+            self.residual * q.norm + q.residual as f64 * MAX_NORM + relative * q.norm * longest + tiny(q.norm)
         };
         let scales: Vec<f32> = codes.iter().map(|q| q.scale).collect();
         let all: Vec<i8> = codes.iter().flat_map(|q| q.codes.iter().copied()).collect();
@@ -247,8 +267,7 @@ impl<'a> Pass<'a> {
         let values = [queries, n, self.d, places, splits, slab.rows.start, usize::from(!filter.is_empty())];
         let dims = self.spec.dims(&values, &[]);
         let Some(kernel) = self.spec.choose(&dims, self.act, self.device.caps()) else {
-            let device = self.device.id().to_string();
-            return Err(device::Error::Unsupported { op: self.spec.id(), dims: dims.to_string(), device }.into());
+            return Err(self.unsupported(&dims));
         };
         let inputs = [bytemuck::cast_slice::<u32, u8>(filter), bytemuck::cast_slice(floors)];
         let (ids, scores) = match kernel.source {
