@@ -1,4 +1,4 @@
-//! NumPy's `.npy`: one array of f32, f16 or i64, little-endian, row-major.
+//! NumPy's `.npy`: one array of f32, f16, i64 or bool, little-endian, row-major.
 //!
 //! ```text
 //! "\x93NUMPY"  u8 major  u8 minor  u16 (version 1) or u32 n   n bytes of text   data, at a multiple of 64
@@ -42,6 +42,11 @@ impl Element for f16 {
 
 impl Element for i64 {
     const DESCR: &'static str = "<i8";
+}
+
+/// NumPy's bool: 0 is false.
+impl Element for u8 {
+    const DESCR: &'static str = "|b1";
 }
 
 /// An array being written, a piece at a time; the file gets its name when it is whole.

@@ -106,7 +106,8 @@ pub struct Cost {
 pub struct Expected {
     /// The exact result rounded once to f64; NaN marks an element that must stay as it was.
     pub value: Vec<f64>,
-    /// Sum of the absolute values of the terms of each element: what a rounding error is relative to.
+    /// Sum of the absolute values of the terms of each element: what a rounding error is relative to. Infinite where
+    /// any value will do.
     pub magnitude: Vec<f64>,
 }
 

@@ -195,14 +195,20 @@ fn compare(
             }
             continue;
         }
+        if expected.magnitude[i].is_infinite() {
+            continue;
+        }
         // A result below the normal range is rounded to a multiple of the smallest denormal.
         let bound = relative * expected.magnitude[i] + f32::from_bits(1) as f64;
-        let error = (got[i] - value).abs();
+        // Equal infinities have no difference.
+        let error = if got[i] == value { 0.0 } else { (got[i] - value).abs() };
         // A sum that cancels counts as large as its terms usually make it, magnitude / sqrt(their number): with few
         // elements a single one near zero would else decide.
         let usual = expected.magnitude[i] / roundings.max(1.0);
         error_squares += error * error;
-        squares += value.abs().max(usual).powi(2);
+        if value.is_finite() {
+            squares += value.abs().max(usual).powi(2);
+        }
         let share = if (error / bound).is_nan() { f64::INFINITY } else { error / bound };
         if share > outcome.share || outcome.worst.is_none() {
             outcome.share = outcome.share.max(share);

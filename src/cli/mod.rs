@@ -55,7 +55,7 @@ enum Command {
     Finetune(Box<finetune::Finetune>),
     Adapter(adapter::Adapter),
     Index(index::Index),
-    Search(search::Search),
+    Search(Box<search::Search>),
     Ask(Box<ask::Ask>),
 }
 

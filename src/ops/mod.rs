@@ -7,6 +7,7 @@ pub(crate) mod amx;
 pub mod attention;
 pub mod attention_backward;
 pub mod cast;
+pub mod cosine_topk;
 pub mod cross_entropy;
 pub mod dropout;
 pub mod embedding;
@@ -78,6 +79,10 @@ pub static OPS: &[&OpSpec] = &[
     &cross_entropy::CROSS_ENTROPY,
     &adamw::SQUARED_NORM,
     &adamw::ADAMW,
+    &cosine_topk::COSINE_TOPK_F32,
+    &cosine_topk::COSINE_TOPK_F16,
+    &cosine_topk::COSINE_TOPK_I8,
+    &cosine_topk::TOPK_MERGE,
 ];
 
 /// The op of this name for a weight format, `f32` where it has no weights. Panics when the table has no such op.

@@ -43,6 +43,8 @@ pub trait Vector: Copy {
     fn mul_add(self, a: Self, b: Self) -> Self;
     /// Sum of the lanes, in a fixed order.
     fn sum(self) -> f32;
+    /// A bit for each lane, set where it is at least the other's; never for NaN.
+    fn at_least(self, other: Self) -> u16;
 }
 
 /// Asks for the cache lines of `bytes` bytes from `start` on, which may lie beyond the allocation: a hint, never a read.
@@ -183,6 +185,11 @@ impl Vector for Portable {
             }
         }
         lanes[0]
+    }
+
+    #[inline(always)]
+    fn at_least(self, other: Self) -> u16 {
+        (0..LANES).fold(0, |bits, i| bits | u16::from(self.0[i] >= other.0[i]) << i)
     }
 }
 
@@ -331,6 +338,14 @@ mod x86 {
                 _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
             }
         }
+
+        #[inline(always)]
+        fn at_least(self, other: Self) -> u16 {
+            unsafe {
+                let eight = |a, b| _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GE_OQ>(a, b)) as u16;
+                eight(self.0, other.0) | eight(self.1, other.1) << 8
+            }
+        }
     }
 
     // SAFETY of every block below: as for `Avx2`.
@@ -425,6 +440,11 @@ mod x86 {
         fn sum(self) -> f32 {
             unsafe { _mm512_reduce_add_ps(self.0) }
         }
+
+        #[inline(always)]
+        fn at_least(self, other: Self) -> u16 {
+            unsafe { _mm512_cmp_ps_mask::<_CMP_GE_OQ>(self.0, other.0) }
+        }
     }
 }
 
@@ -452,6 +472,9 @@ mod tests {
             assert_eq!(read(va.mul(vb)), std::array::from_fn(|i| a[i] * b[i]), "{} mul", self.0);
             assert_eq!(read(va.mul_add(vb, va)), std::array::from_fn(|i| a[i] * b[i] + a[i]), "{} mul_add", self.0);
             assert_eq!(va.sum(), a.iter().sum::<f32>(), "{} sum", self.0);
+            let other: [f32; LANES] = std::array::from_fn(|i| [a[i], 0.0, f32::NAN, f32::NEG_INFINITY][i % 4]);
+            let bits = (0..LANES).map(|i| u16::from(a[i] >= other[i]) << i).sum::<u16>();
+            assert_eq!(va.at_least(V::load(&other)), bits, "{} at_least", self.0);
 
             let (low, high) = V::interleave(va, vb);
             let mixed: Vec<f32> = a.iter().zip(&b).flat_map(|(a, b)| [*a, *b]).collect();

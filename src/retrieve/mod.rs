@@ -6,3 +6,4 @@ pub mod files;
 pub mod index;
 pub mod prompt;
 pub mod topk;
+pub mod vectors;

@@ -5,15 +5,44 @@
 //! hits[q]    = the k largest by (score descending, n ascending), k cut to the rows that the filter leaves
 //! ```
 //!
-//! One fixed order of sums makes the hits of a query the same bits for any batch, split, thread count and device.
+//! One fixed order of sums makes the hits of a query the same bits for any batch, split, thread count and device. A
+//! kernel's scores are only near these, so it finds candidates, and a bound proves that none is missing:
+//!
+//! ```text
+//! 1. scan     the rows with the kernel: the k + margin best by its scores a; no row left out has more than `outside`
+//! 2. settle   |a − score| ≤ E for every row, E derived from how the kernel rounds (or the codes do): compute the score
+//!             of the first k and of each further candidate with a + E ≥ the k-th of those
+//! 3. prove    outside + E < the k-th score: no row left out can be among the k
+//! 4. or widen scan anew for what reaches the k-th score − E; then with a kernel that rounds less; at last compute the
+//!             score of every row
+//! ```
+//!
+//! Rows that are not numbers are never found.
+
+mod codes;
+mod scan;
+
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+use half::f16;
+use rayon::prelude::*;
 
 use crate::device::Device;
+use crate::ops::cosine_topk::select::{Best, Scored};
 use crate::Error;
+
+pub use codes::Codes;
+use scan::{Candidates, Pass};
 
 /// The most hits that a search gives.
 pub const MAX_K: usize = 2048;
+/// The largest norm that rows may have: one, but for the rounding of their elements.
+pub const MAX_NORM: f64 = 1.01;
+/// Rows whose scores a task computes one after another where every row counts.
+const RUN: usize = 1024;
 
-/// Rows of unit norm, one vector each, and how they are stored.
+/// Rows of unit norm, one vector each, and how they are stored. No row's norm is beyond [`MAX_NORM`]: else hits may be
+/// missing.
 #[derive(Clone, Copy)]
 pub struct Corpus<'a> {
     /// Elements of a row.
@@ -28,7 +57,23 @@ pub enum Rows<'a> {
     /// As they are.
     F32(&'a [f32]),
     /// Rounded to half precision: the scores are those of the rounded rows.
-    F16(&'a [half::f16]),
+    F16(&'a [f16]),
+    /// Codes of 8 bits, which are searched first, beside the rows they stand for, whose scores the hits have: a quarter
+    /// of the memory passes by, and the hits are the same.
+    I8 {
+        /// The codes, with how far from their rows they are.
+        codes: &'a Codes<'a>,
+        /// The rows.
+        exact: Exact<'a>,
+    },
+}
+
+/// Rows whose products are the scores.
+#[derive(Clone, Copy)]
+#[allow(missing_docs)]
+pub enum Exact<'a> {
+    F32(&'a [f32]),
+    F16(&'a [f16]),
 }
 
 /// One row found.
@@ -40,13 +85,21 @@ pub struct Hit {
     pub score: f32,
 }
 
-impl Corpus<'_> {
+/// What a search took beyond one scan.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Effort {
+    /// Scores computed in f64.
+    pub scored: usize,
+    /// Queries whose first scan did not prove its hits.
+    pub widened: usize,
+    /// Queries that no scan proved: every row's score was computed.
+    pub exhausted: usize,
+}
+
+impl<'a> Corpus<'a> {
     /// How many rows there are.
     pub fn len(&self) -> usize {
-        match self.rows {
-            Rows::F32(rows) => rows.len() / self.d,
-            Rows::F16(rows) => rows.len() / self.d,
-        }
+        self.exact().len() / self.d.max(1)
     }
 
     /// True without rows.
@@ -57,33 +110,169 @@ impl Corpus<'_> {
     /// The score of a row, as the whole search defines it.
     pub fn score(&self, query: &[f32], row: usize) -> f32 {
         let at = row * self.d..(row + 1) * self.d;
-        let sum: f64 = match self.rows {
-            Rows::F32(rows) => query.iter().zip(&rows[at]).map(|(q, x)| *q as f64 * *x as f64).sum(),
-            Rows::F16(rows) => query.iter().zip(&rows[at]).map(|(q, x)| *q as f64 * x.to_f64()).sum(),
+        let sum: f64 = match self.exact() {
+            Exact::F32(rows) => query.iter().zip(&rows[at]).map(|(q, x)| *q as f64 * *x as f64).sum(),
+            Exact::F16(rows) => query.iter().zip(&rows[at]).map(|(q, x)| *q as f64 * x.to_f64()).sum(),
         };
-        sum as f32
+        // Of the two zeros the positive one: they tie.
+        sum as f32 + 0.0
+    }
+
+    /// The rows that the scores are of.
+    fn exact(&self) -> Exact<'a> {
+        match self.rows {
+            Rows::F32(rows) => Exact::F32(rows),
+            Rows::F16(rows) => Exact::F16(rows),
+            Rows::I8 { exact, .. } => exact,
+        }
+    }
+}
+
+impl Exact<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Exact::F32(rows) => rows.len(),
+            Exact::F16(rows) => rows.len(),
+        }
     }
 }
 
 /// The k best rows for each of the queries, `[Q,d]` of unit norm. `filter`, where given, is a bitset of N bits, row n in
 /// bit n % 32 of word n / 32: only rows whose bit is set count.
 pub fn search(
-    _device: &dyn Device,
+    device: &dyn Device,
     corpus: &Corpus<'_>,
     queries: &[f32],
     k: usize,
     filter: Option<&[u32]>,
 ) -> Result<Vec<Vec<Hit>>, Error> {
-    if k == 0 || k > MAX_K {
-        return Err(Error::Request(format!("k is {k}: give 1 to {MAX_K}")));
+    Ok(Searcher::new(device, *corpus)?.search(queries, k, filter)?.0)
+}
+
+/// A corpus made ready on a device: for many searches.
+pub struct Searcher<'a> {
+    corpus: Corpus<'a>,
+    /// The fastest first.
+    passes: Vec<Pass<'a>>,
+}
+
+impl<'a> Searcher<'a> {
+    /// Checks the corpus and brings as much of it to the device as fits there; the rest passes through at each search.
+    pub fn new(device: &'a dyn Device, corpus: Corpus<'a>) -> Result<Searcher<'a>, Error> {
+        let (d, n, elements) = (corpus.d, corpus.len(), corpus.exact().len());
+        if d == 0 || n * d != elements {
+            return Err(Error::Request(format!("{elements} elements are no rows of {d}")));
+        }
+        if n >= u32::MAX as usize {
+            return Err(Error::Request(format!("{n} rows are more than a search takes, {}", u32::MAX - 1)));
+        }
+        if let Rows::I8 { codes, .. } = corpus.rows {
+            codes.check(d, n)?;
+        }
+        Ok(Searcher { passes: Pass::of(device, &corpus)?, corpus })
     }
-    let allowed = |row: usize| filter.is_none_or(|words| words[row / 32] >> (row % 32) & 1 == 1);
-    let best = |query: &[f32]| {
-        let of = |row| Hit { row: row as u32, score: corpus.score(query, row) };
-        let mut hits: Vec<Hit> = (0..corpus.len()).filter(|&row| allowed(row)).map(of).collect();
-        hits.sort_by(|a, b| b.score.total_cmp(&a.score).then(a.row.cmp(&b.row)));
+
+    /// The k best rows for each query, as [`search`] has them, and what it took to prove them.
+    pub fn search(&self, queries: &[f32], k: usize, filter: Option<&[u32]>) -> Result<(Vec<Vec<Hit>>, Effort), Error> {
+        let (d, n) = (self.corpus.d, self.corpus.len());
+        if k == 0 || k > MAX_K {
+            return Err(Error::Request(format!("k is {k}: give 1 to {MAX_K}")));
+        }
+        if queries.len() % d != 0 {
+            return Err(Error::Request(format!("{} elements are no queries of {d}", queries.len())));
+        }
+        if let Some(at) = queries.iter().position(|v| !v.is_finite()) {
+            let (query, element) = (at / d, at % d);
+            return Err(Error::Request(format!("query {query}: element {element} is {}: no number", queries[at])));
+        }
+        if let Some(words) = filter.map(<[u32]>::len).filter(|words| *words < n.div_ceil(32)) {
+            return Err(Error::Request(format!("a filter of {words} words is too short for {n} rows")));
+        }
+        let queries: Vec<&[f32]> = queries.chunks_exact(d).collect();
+        let mut found = vec![Settled::default(); queries.len()];
+        let effort = [const { AtomicUsize::new(0) }; 3];
+        let mut open: Vec<usize> = if n == 0 { Vec::new() } else { (0..queries.len()).collect() };
+        for (number, (pass, wide)) in self.passes.iter().flat_map(|pass| [(pass, false), (pass, true)]).enumerate() {
+            for group in open.chunks(scan::MAX_QUERIES) {
+                let asked: Vec<&[f32]> = group.iter().map(|&q| queries[q]).collect();
+                let least: Vec<Option<f32>> = group.iter().map(|&q| found[q].least).collect();
+                let scans = pass.scan(&asked, k, wide, &least, filter)?;
+                let settled = asked.par_iter().zip(&scans).map(|(query, scan)| self.settle(query, k, scan, &effort[0]));
+                for (&q, settled) in group.iter().zip(settled.collect::<Vec<_>>()) {
+                    // What was reached once stays a bound.
+                    let least = found[q].least.into_iter().chain(settled.least).reduce(f32::max);
+                    found[q] = Settled { least, ..settled };
+                }
+            }
+            open.retain(|&q| !found[q].proven);
+            if number == 0 {
+                effort[1].store(open.len(), Relaxed);
+            }
+        }
+        if !open.is_empty() {
+            effort[0].fetch_add(open.len() * n, Relaxed);
+            effort[2].store(open.len(), Relaxed);
+            let asked: Vec<&[f32]> = open.iter().map(|&q| queries[q]).collect();
+            open.iter().zip(self.exhaust(&asked, k, filter)).for_each(|(&q, hits)| found[q].hits = hits);
+        }
+        let [scored, widened, exhausted] = effort.map(AtomicUsize::into_inner);
+        Ok((found.into_iter().map(|settled| settled.hits).collect(), Effort { scored, widened, exhausted }))
+    }
+
+    /// The hits among a query's candidates, and whether they are all.
+    fn settle(&self, query: &[f32], k: usize, scan: &Candidates, scored: &AtomicUsize) -> Settled {
+        let mut sound = true;
+        let mut hit = |row: &Scored| {
+            let score = self.corpus.score(query, row.id as usize);
+            // A row of a larger norm than a corpus may have.
+            sound &= (row.score as f64 - score as f64).abs() <= scan.error;
+            Hit { row: row.id, score }
+        };
+        let (first, rest) = scan.rows.split_at(k.min(scan.rows.len()));
+        let mut hits: Vec<Hit> = first.iter().map(&mut hit).collect();
+        if hits.len() == k {
+            let least = hits.iter().fold(f32::INFINITY, |least, hit| least.min(hit.score));
+            let near = rest.iter().take_while(|row| row.score as f64 + scan.error >= least as f64);
+            hits.extend(near.map(&mut hit));
+        }
+        scored.fetch_add(hits.len(), Relaxed);
+        hits.sort_unstable_by(|a, b| b.score.total_cmp(&a.score).then(a.row.cmp(&b.row)));
         hits.truncate(k);
-        hits
-    };
-    Ok(queries.chunks_exact(corpus.d).map(best).collect())
+        let least = if hits.len() == k { hits.last().map(|hit| hit.score) } else { None };
+        let beaten = least.is_some_and(|least| scan.outside as f64 + scan.error < least as f64);
+        Settled { hits, least, proven: sound && (beaten || scan.outside == f32::NEG_INFINITY) }
+    }
+
+    /// The hits by the score of every row.
+    fn exhaust(&self, queries: &[&[f32]], k: usize, filter: Option<&[u32]>) -> Vec<Vec<Hit>> {
+        let n = self.corpus.len();
+        let lists = || queries.iter().map(|_| Best::new(k, f32::NEG_INFINITY)).collect::<Vec<_>>();
+        let runs = (0..n.div_ceil(RUN)).into_par_iter();
+        let run = |mut lists: Vec<Best>, run: usize| {
+            for row in run * RUN..n.min((run + 1) * RUN) {
+                if filter.is_none_or(|words| words[row / 32] >> (row % 32) & 1 == 1) {
+                    for (query, list) in queries.iter().zip(&mut lists) {
+                        list.put(Scored { score: self.corpus.score(query, row), id: row as u32 });
+                    }
+                }
+            }
+            lists
+        };
+        let join = |mut a: Vec<Best>, b: Vec<Best>| {
+            a.iter_mut().zip(b).for_each(|(a, b)| b.into_sorted().into_iter().for_each(|row| _ = a.put(row)));
+            a
+        };
+        let lists = runs.fold(lists, run).reduce(lists, join);
+        let hits = |list: Best| list.into_sorted().iter().map(|row| Hit { row: row.id, score: row.score }).collect();
+        lists.into_iter().map(hits).collect()
+    }
+}
+
+/// A query's hits so far.
+#[derive(Clone, Default)]
+struct Settled {
+    hits: Vec<Hit>,
+    /// The k-th score, of which the true one is no less.
+    least: Option<f32>,
+    proven: bool,
 }

@@ -16,34 +16,42 @@ use crate::cli::{open_embedder, print_json, Common, Usage};
 #[derive(Args)]
 pub struct Text {
     /// The index, a directory of `handmill index build`
-    #[arg(long, value_name = "IDX")]
-    index: PathBuf,
+    #[arg(long, value_name = "IDX", requires = "model", requires = "query", conflicts_with = "corpus")]
+    index: Option<PathBuf>,
     /// The embedding model that the index was built with, a Hugging Face directory
-    #[arg(long, value_name = "EMB")]
-    model: PathBuf,
+    #[arg(long, value_name = "EMB", requires = "index")]
+    model: Option<PathBuf>,
     /// The question
-    #[arg(long, value_name = "TEXT")]
-    query: String,
+    #[arg(long, value_name = "TEXT", requires = "index")]
+    query: Option<String>,
     /// Only documents of this path or folder, or whose path matches this glob
-    #[arg(long, value_name = "PATTERN")]
+    #[arg(long, value_name = "PATTERN", requires = "index")]
     path: Option<String>,
 }
 
 impl Text {
+    /// True when the flags ask for this kind of search.
+    pub fn asked(&self) -> bool {
+        self.index.is_some()
+    }
+
     pub fn run(&self, k: usize, common: &Common) -> Result<()> {
-        if self.query.trim().is_empty() {
+        let (Some(index), Some(model), Some(query)) = (&self.index, &self.model, &self.query) else {
+            return Err(Usage("give --index, --model and --query".into()).into());
+        };
+        if query.trim().is_empty() {
             return Err(Usage("--query is empty: give a question".into()).into());
         }
         let filter = self.path.as_deref().map(PathFilter::new).transpose()?;
         let device = common.open_device()?;
-        let embedder = open_embedder(&self.model, &device)?;
-        let index = Index::open(&self.index, &embedder)?;
+        let embedder = open_embedder(model, &device)?;
+        let index = Index::open(index, &embedder)?;
         let start = Instant::now();
-        let found = index.search(&*device, &embedder, &[&self.query], k, filter.as_ref())?;
+        let found = index.search(&*device, &embedder, &[query], k, filter.as_ref())?;
         let ms = start.elapsed().as_secs_f64() * 1e3;
         let passages = &found[0];
         if common.json {
-            let (query, device) = (&self.query, device.id());
+            let device = device.id();
             return print_json(&json!({"hits": hits(passages), "query": query, "ms": ms, "device": device}));
         }
         let mut out = io::stdout();

@@ -1,0 +1,376 @@
+//! `cosine_topk` on AMX tiles (x86-64, Linux): 32 rows by 32 queries at a time.
+//!
+//! ```text
+//! x = h + l, each the nearest bf16 of what is left          q·x ≈ ql·xh + qh·xh + qh·xl, products exact, sums in f32
+//! codes are multiplied as they are, their sums exact in i32
+//! for each split, threads side by side
+//!     for 32 rows:   split them into tiles of A;   for 32 queries, as tiles of B from the launch's beginning:
+//!         C[32,32] = A·B;   put in their lists those that reach the lists' thresholds, 16 compared at a time
+//! ```
+//!
+//! 1. Three products of bf16 at 512 multiply-adds a cycle are 170 a cycle, where AVX-512 has 32 in f32 (64 at best).
+//! 2. What is left out is under 3·2⁻¹⁶ of |q·x|: far more than a rounding of f32, so these are kernels of bf16, and few
+//!    enough that a dozen candidates more prove the hits.
+//! 3. While the tiles work, the next rows come from memory: their lines are asked for between the products.
+//!
+//! A tile of A is 16 rows of 64 bytes along the sum, one of B the same of its transpose, four bytes of a query side by
+//! side (Intel SDM, TDPBF16PS and TDPBSSD).
+
+use super::cpu::{arguments, lists_of_splits, Args, Rows};
+use super::select::Lists;
+use super::CODE_PITCH;
+use crate::op::*;
+use crate::ops::amx::with_tiles;
+use crate::ops::vector::LANES;
+use half::{bf16, f16};
+use std::arch::asm;
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+/// Rows, and queries, of a block.
+const BLOCK: usize = 32;
+/// Numbers in a tile's row: bf16, codes.
+const DEPTH: usize = 32;
+const DEPTH_I8: usize = 64;
+/// Tiles of a block at one depth: of two halves, for bf16 high and low parts.
+const TILES: usize = 4;
+const TILES_I8: usize = 2;
+
+/// 16 rows of 64 bytes.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Tile([u8; 1024]);
+
+const ZERO: Tile = Tile([0; 1024]);
+
+/// Scores of 32 rows with 32 queries, four tiles: rows 0..16 with queries 0..16, then 16..32; the other rows likewise.
+#[repr(C, align(64))]
+struct Block([u32; 4 * 256]);
+
+/// True when the tiles multiply codes too.
+pub fn has_amx_int8(d: &Dims, caps: &Caps) -> bool {
+    // Leaf 7, bit 25 of edx: AMX-INT8.
+    has_amx(d, caps) && __cpuid_count(7, 0).edx >> 25 & 1 == 1
+}
+
+/// Runs a launch.
+pub fn launch(format: &str, d: &Dims, args: &mut [Slice<'_>]) {
+    let a = arguments(format, args);
+    let queries = Queries::new(d, &a);
+    lists_of_splits(d, a.ids, a.scores, |rows| {
+        let mut lists = Lists::new(d["K"], a.floor, d["Q"].next_multiple_of(BLOCK), a.filter, d["BASE"]);
+        // SAFETY: the table offers these kernels only where `has_amx`, which asks for these features too.
+        with_tiles(|| unsafe { split(d["D"], rows, a.rows, &queries, &mut lists) });
+        lists.into_best()
+    });
+}
+
+/// The queries as tiles of B, block after block, in each depth after depth.
+struct Queries {
+    tiles: Vec<Tile>,
+    depth: usize,
+    /// Tiles of a block at one depth.
+    width: usize,
+    /// For codes, one a query counted up to whole blocks.
+    scales: Vec<f32>,
+}
+
+impl Queries {
+    fn new(d: &Dims, a: &Args<'_>) -> Queries {
+        let (queries, width) = (d["Q"], d["D"]);
+        let padded = queries.next_multiple_of(BLOCK);
+        if let Rows::I8 { q, q_scales, .. } = a.rows {
+            let (depth, pitch) = (width.div_ceil(DEPTH_I8), width.next_multiple_of(CODE_PITCH));
+            let mut tiles = vec![ZERO; padded / BLOCK * depth * TILES_I8];
+            for (n, codes) in q.chunks(pitch).enumerate() {
+                for (i, code) in codes[..width].iter().enumerate() {
+                    let tile = (n / BLOCK * depth + i / DEPTH_I8) * TILES_I8 + n % BLOCK / 16;
+                    tiles[tile].0[i % DEPTH_I8 / 4 * 64 + n % 16 * 4 + i % 4] = *code as u8;
+                }
+            }
+            let mut scales = q_scales.to_vec();
+            scales.resize(padded, 0.0);
+            return Queries { tiles, depth, width: TILES_I8, scales };
+        }
+        let depth = width.div_ceil(DEPTH);
+        let mut tiles = vec![ZERO; padded / BLOCK * depth * TILES];
+        for (n, query) in a.q.chunks(width).enumerate() {
+            for (i, value) in query.iter().enumerate() {
+                let high = bf16::from_f32(*value);
+                let low = bf16::from_f32(value - high.to_f32());
+                let tile = (n / BLOCK * depth + i / DEPTH) * TILES + n % BLOCK / 16;
+                let at = i % DEPTH / 2 * 64 + n % 16 * 4 + i % 2 * 2;
+                tiles[tile].0[at..at + 2].copy_from_slice(&high.to_bits().to_le_bytes());
+                tiles[tile + 2].0[at..at + 2].copy_from_slice(&low.to_bits().to_le_bytes());
+            }
+        }
+        Queries { tiles, depth, width: TILES, scales: Vec::new() }
+    }
+}
+
+/// The rows of one split, with all queries.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+fn split(width: usize, rows: Range<usize>, corpus: Rows<'_>, queries: &Queries, lists: &mut Lists<'_>) {
+    let depth = queries.depth;
+    let mut a = vec![ZERO; depth * queries.width];
+    let mut block = Block([0; 4 * 256]);
+    let (first_byte, row_bytes) = match corpus {
+        Rows::F32(rows) => (rows.as_ptr().cast::<u8>(), 4 * width),
+        Rows::F16(rows) => (rows.as_ptr().cast::<u8>(), 2 * width),
+        Rows::I8 { codes, .. } => (codes.as_ptr().cast::<u8>(), width.next_multiple_of(CODE_PITCH)),
+    };
+    let blocks = queries.tiles.chunks_exact(depth * queries.width);
+    // Lines to ask for at each depth of each block of queries, so that the next 32 rows are all asked for.
+    let lines = (BLOCK * row_bytes).div_ceil(64).div_ceil(depth * blocks.len());
+    for first in rows.clone().step_by(BLOCK) {
+        let some = first..(first + BLOCK).min(rows.end);
+        if lists.skips(some.clone()) {
+            continue;
+        }
+        match corpus {
+            Rows::F32(all) => {
+                split_rows(some.clone(), width, &mut a, |row, i, count| load_f32(&all[row * width + i..][..count]))
+            }
+            Rows::F16(all) => {
+                split_rows(some.clone(), width, &mut a, |row, i, count| load_f16(&all[row * width + i..][..count]))
+            }
+            Rows::I8 { codes, .. } => copy_codes(some.clone(), row_bytes, codes, &mut a),
+        }
+        let mut ahead = first_byte.wrapping_add((first + BLOCK) * row_bytes);
+        for (number, b) in blocks.clone().enumerate() {
+            // SAFETY: within `with_tiles`; A and B are of this depth.
+            unsafe {
+                match corpus {
+                    Rows::I8 { .. } => multiply_i8(&a, b, depth, &mut block, ahead, lines),
+                    _ => multiply_bf16(&a, b, depth, &mut block, ahead, lines),
+                }
+            }
+            ahead = ahead.wrapping_add(64 * lines * depth);
+            offer(&block, some.clone(), number * BLOCK, corpus, queries, lists);
+        }
+    }
+}
+
+/// Puts the scores of a block in the lists where they reach the thresholds.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+#[inline]
+fn offer(block: &Block, rows: Range<usize>, query: usize, corpus: Rows<'_>, queries: &Queries, lists: &mut Lists<'_>) {
+    for half in 0..BLOCK / LANES {
+        let query = query + half * LANES;
+        // SAFETY: sixteen numbers.
+        let mut enter = unsafe { _mm512_loadu_ps(lists.enter(query).as_ptr()) };
+        for (r, row) in rows.clone().enumerate() {
+            let tile = r / 16 * 2 + half;
+            let line = &block.0[tile * 256 + r % 16 * 16..][..16];
+            let scores = if let Rows::I8 { scales, .. } = corpus {
+                // SAFETY: sixteen numbers each.
+                let (sums, of_queries) = unsafe {
+                    (_mm512_loadu_si512(line.as_ptr().cast()), _mm512_loadu_ps(queries.scales[query..][..16].as_ptr()))
+                };
+                _mm512_mul_ps(_mm512_cvtepi32_ps(sums), _mm512_mul_ps(of_queries, _mm512_set1_ps(scales[row])))
+            } else {
+                // SAFETY: sixteen numbers.
+                unsafe { _mm512_loadu_ps(line.as_ptr().cast()) }
+            };
+            let which = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(scores, enter);
+            if which != 0 {
+                let mut lanes = [0.0; LANES];
+                // SAFETY: sixteen numbers.
+                unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), scores) };
+                lists.put(row, query, &lanes, which);
+                // SAFETY: sixteen numbers.
+                enter = unsafe { _mm512_loadu_ps(lists.enter(query).as_ptr()) };
+            }
+        }
+    }
+}
+
+/// Up to 32 rows as tiles of A: at each depth the high parts of both halves, then the low parts. `load` gives up to 16
+/// numbers of a row, the rest zero. What is past the rows stays as it was: no one reads those scores.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+#[inline]
+fn split_rows(rows: Range<usize>, width: usize, a: &mut [Tile], load: impl Fn(usize, usize, usize) -> __m512) {
+    for (r, row) in rows.enumerate() {
+        for (i, tiles) in (0..width).step_by(DEPTH).zip(a.chunks_exact_mut(TILES)) {
+            let (first, second) = (16.min(width - i), 16.min((width - i).saturating_sub(16)));
+            let low = load(row, i, first);
+            let high = if second > 0 { load(row, i + 16, second) } else { _mm512_setzero_ps() };
+            let part = round(low, high);
+            let widen = |half: __m256i| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half)));
+            let rest = round(
+                _mm512_sub_ps(low, widen(_mm512_castsi512_si256(part))),
+                _mm512_sub_ps(high, widen(_mm512_extracti64x4_epi64::<1>(part))),
+            );
+            let (tile, at) = (r / 16, r % 16 * 64);
+            // SAFETY: a row of a tile is 64 bytes, aligned.
+            unsafe {
+                _mm512_store_si512(tiles[tile].0[at..at + 64].as_mut_ptr().cast(), part);
+                _mm512_store_si512(tiles[tile + 2].0[at..at + 64].as_mut_ptr().cast(), rest);
+            }
+        }
+    }
+}
+
+/// 32 numbers as bf16, to the nearest.
+#[target_feature(enable = "avx512f,avx512bf16")]
+#[inline]
+fn round(low: __m512, high: __m512) -> __m512i {
+    // SAFETY: 32 bf16 as their bits.
+    unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low)) }
+}
+
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn load_f32(from: &[f32]) -> __m512 {
+    // SAFETY: as many numbers as the mask has bits are read.
+    unsafe { _mm512_maskz_loadu_ps(mask(from.len()), from.as_ptr()) }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+#[inline]
+fn load_f16(from: &[f16]) -> __m512 {
+    // SAFETY: as many numbers as the mask has bits are read.
+    _mm512_cvtph_ps(unsafe { _mm256_maskz_loadu_epi16(mask(from.len()), from.as_ptr().cast()) })
+}
+
+/// As many bits, at most 16.
+#[inline]
+fn mask(count: usize) -> u16 {
+    ((1u32 << count) - 1) as u16
+}
+
+/// Up to 32 rows of codes as tiles of A.
+fn copy_codes(rows: Range<usize>, pitch: usize, codes: &[i8], a: &mut [Tile]) {
+    for (r, row) in rows.enumerate() {
+        let codes: &[u8] = bytemuck::cast_slice(&codes[row * pitch..(row + 1) * pitch]);
+        for (codes, tiles) in codes.chunks(DEPTH_I8).zip(a.chunks_exact_mut(TILES_I8)) {
+            tiles[r / 16].0[r % 16 * 64..][..codes.len()].copy_from_slice(codes);
+        }
+    }
+}
+
+/// C = A·B over `depth`: 32 rows by 32 queries in two bf16 each. Asks for `lines` lines from `ahead` on at each depth.
+///
+/// # Safety
+/// Called from within [`with_tiles`].
+#[inline]
+unsafe fn multiply_bf16(a: &[Tile], b: &[Tile], depth: usize, c: &mut Block, ahead: *const u8, lines: usize) {
+    assert!(depth > 0 && a.len() == TILES * depth && b.len() == TILES * depth);
+    // SAFETY: A and B hold `depth` times four tiles, which is what the loop reads, and C four. A prefetch of any address is
+    // no access.
+    unsafe {
+        asm!(
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tilezero tmm2",
+            "tilezero tmm3",
+            "2:",
+            // low rows · high queries
+            "tileloadd tmm6, [{b} + {row}*1]",
+            "tileloadd tmm4, [{a} + {row}*1 + 2048]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm7, [{b} + {row}*1 + 1024]",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tileloadd tmm5, [{a} + {row}*1 + 3072]",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "mov {i}, {lines}",
+            "test {i}, {i}",
+            "jz 4f",
+            "3:",
+            "prefetcht1 [{ahead}]",
+            "add {ahead}, 64",
+            "dec {i}",
+            "jnz 3b",
+            "4:",
+            // high · high
+            "tileloadd tmm4, [{a} + {row}*1]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tileloadd tmm5, [{a} + {row}*1 + 1024]",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            // high rows · low queries
+            "tileloadd tmm6, [{b} + {row}*1 + 2048]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm7, [{b} + {row}*1 + 3072]",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "add {a}, 4096",
+            "add {b}, 4096",
+            "dec {depth}",
+            "jnz 2b",
+            "tilestored [{c} + {row}*1], tmm0",
+            "tilestored [{c} + {row}*1 + 1024], tmm1",
+            "tilestored [{c} + {row}*1 + 2048], tmm2",
+            "tilestored [{c} + {row}*1 + 3072], tmm3",
+            depth = inout(reg) depth => _,
+            a = inout(reg) a.as_ptr() => _,
+            b = inout(reg) b.as_ptr() => _,
+            c = in(reg) c as *mut Block,
+            ahead = inout(reg) ahead => _,
+            lines = in(reg) lines,
+            i = out(reg) _,
+            row = in(reg) 64usize,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        );
+    }
+}
+
+/// The same for codes: sums in i32.
+///
+/// # Safety
+/// Called from within [`with_tiles`], on a processor with AMX-INT8.
+#[inline]
+unsafe fn multiply_i8(a: &[Tile], b: &[Tile], depth: usize, c: &mut Block, ahead: *const u8, lines: usize) {
+    assert!(depth > 0 && a.len() == TILES_I8 * depth && b.len() == TILES_I8 * depth);
+    // SAFETY: as in `multiply_bf16`, with two tiles a depth.
+    unsafe {
+        asm!(
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tilezero tmm2",
+            "tilezero tmm3",
+            "2:",
+            "tileloadd tmm4, [{a} + {row}*1]",
+            "tileloadd tmm6, [{b} + {row}*1]",
+            "tdpbssd tmm0, tmm4, tmm6",
+            "tileloadd tmm7, [{b} + {row}*1 + 1024]",
+            "tdpbssd tmm1, tmm4, tmm7",
+            "tileloadd tmm5, [{a} + {row}*1 + 1024]",
+            "tdpbssd tmm2, tmm5, tmm6",
+            "tdpbssd tmm3, tmm5, tmm7",
+            "mov {i}, {lines}",
+            "test {i}, {i}",
+            "jz 4f",
+            "3:",
+            "prefetcht1 [{ahead}]",
+            "add {ahead}, 64",
+            "dec {i}",
+            "jnz 3b",
+            "4:",
+            "add {a}, 2048",
+            "add {b}, 2048",
+            "dec {depth}",
+            "jnz 2b",
+            "tilestored [{c} + {row}*1], tmm0",
+            "tilestored [{c} + {row}*1 + 1024], tmm1",
+            "tilestored [{c} + {row}*1 + 2048], tmm2",
+            "tilestored [{c} + {row}*1 + 3072], tmm3",
+            depth = inout(reg) depth => _,
+            a = inout(reg) a.as_ptr() => _,
+            b = inout(reg) b.as_ptr() => _,
+            c = in(reg) c as *mut Block,
+            ahead = inout(reg) ahead => _,
+            lines = in(reg) lines,
+            i = out(reg) _,
+            row = in(reg) 64usize,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        );
+    }
+}
