@@ -30,7 +30,12 @@ const WIDTH: f64 = 500.0;
 /// The paragraphs of every page, each page under its own heading. Lines are those of the text, counted through.
 pub fn blocks(bytes: &[u8]) -> Result<Vec<Block>, String> {
     const INSTEAD: &str = "convert it to text, such as with pdftotext";
-    let told = |error: lopdf::Error| format!("({}): {INSTEAD}", quote(&error.to_string()));
+    let told = |error: lopdf::Error| match error {
+        lopdf::Error::Decompress(lopdf::DecompressError::MemoryLimitExceeded { .. }) => {
+            format!("(it unpacks to more than {} MB): {INSTEAD}", UNPACKED >> 20)
+        }
+        error => format!("({}): {INSTEAD}", quote(&error.to_string())),
+    };
     let options = LoadOptions { max_decompressed_size: Some(UNPACKED), ..LoadOptions::default() };
     let document = Document::load_mem_with_options(bytes, options)
         .map_err(|error| format!("is no PDF that can be read {}", told(error)))?;

@@ -15,6 +15,8 @@ use crate::retrieve::document::Document;
 
 /// Bytes of rows that compaction puts into one segment.
 const SEGMENT_BYTES: usize = 1 << 30;
+/// Tries to take the lock, 20 ms apart.
+const LOCK_TRIES: usize = 50;
 
 /// An index held for writing, until dropped.
 pub struct Writer {
@@ -222,17 +224,18 @@ impl Writer {
     }
 }
 
-/// Takes the lock of an index.
+/// Takes the lock of an index. A moment's patience: another writer may be about to end.
 fn lock(dir: &Path) -> Result<fs::File, Error> {
     let path = dir.join(".lock");
     let file = fs::File::create(&path).map_err(|cause| Error::io(&path, cause))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(fs::TryLockError::WouldBlock) => {
-            Err(Error::file(dir, "is being written by another process: wait for it, then run the command again"))
+    for _ in 0..LOCK_TRIES {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(fs::TryLockError::WouldBlock) => std::thread::sleep(std::time::Duration::from_millis(20)),
+            Err(fs::TryLockError::Error(cause)) => return Err(Error::io(&path, cause)),
         }
-        Err(fs::TryLockError::Error(cause)) => Err(Error::io(&path, cause)),
     }
+    Err(Error::file(dir, "is being written by another process: wait for it, then run the command again"))
 }
 
 /// An error for a directory that holds something that is no index.
