@@ -96,8 +96,10 @@ fn places_make_blanks_lines_and_paragraphs() {
          /ToUnicode 8 0 R >>",
         "<< /Type /Font /Subtype /CIDFontType2 /BaseFont /X /DW 1000 /W [1 [400 600] 3 4 500] >>",
     ];
-    let table = "/CIDInit /ProcSet findresource begin begincmap 1 begincodespacerange <0000> <ffff> endcodespacerange \
-         1 beginbfrange <0001> <0004> <0061> endbfrange endcmap";
+    let table = "/CIDInit /ProcSet findresource begin\n12 dict begin\nbegincmap\n/CIDSystemInfo << /Registry (Adobe) \
+         /Ordering (UCS) /Supplement 0 >> def\n/CMapName /Adobe-Identity-UCS def\n/CMapType 2 def\n\
+         1 begincodespacerange\n<0000> <ffff>\nendcodespacerange\n1 beginbfrange\n<0001> <0004> <0061>\n\
+         endbfrange\nendcmap\nCMapName currentdict /CMap defineresource pop\nend\nend";
     let content = stream("", b"BT /G 10 Tf <00010002> Tj 10 0 Td <0003> Tj 8 0 Td <0004> Tj ET");
     let more = [fonts[0].into(), fonts[1].into(), stream("", table.as_bytes())];
     let found = read(page("/G 6 0 R", "", content, &more)).unwrap();
