@@ -12,6 +12,8 @@ mod files;
 mod killed;
 #[path = "index/life.rs"]
 mod life;
+#[path = "index/pdf.rs"]
+mod pdf;
 #[path = "index/real.rs"]
 mod real;
 #[path = "index/tiny.rs"]

@@ -261,16 +261,16 @@ fn report_json(dir: &Path, report: &Report, seconds: f64, device: &str) -> Value
 fn tell(dir: &Path, report: &Report, seconds: f64) -> Result<()> {
     files::tell(&report.skipped, TOLD).iter().for_each(|line| note(line));
     if report.other > 0 {
-        note(&format!("left out: {} files of other kinds", report.other));
+        note(&format!("left out: files of other kinds, {}", report.other));
     }
     let Report { added, changed, unchanged, removed, chunks, .. } = report;
     writeln!(
         io::stdout(),
-        "{}: {added} documents added, {changed} changed, {removed} removed, {unchanged} as they were",
+        "{}: documents {added} added, {changed} changed, {removed} removed, {unchanged} as they were",
         dir.display()
     )?;
     let rate = *chunks as f64 / seconds.max(1e-9);
-    note(&format!("{chunks} passages embedded in {seconds:.1} s, {rate:.1}/s"));
+    note(&format!("passages embedded: {chunks} in {seconds:.1} s, {rate:.1}/s"));
     if report.interrupted {
         note("interrupted: what is done is kept, run the command again to go on");
     }
@@ -283,7 +283,7 @@ impl Remove {
         if self.json {
             return print_json(&json!({"documents": removed.documents, "chunks": removed.chunks}));
         }
-        writeln!(io::stdout(), "removed {} documents, {} passages", removed.documents, removed.chunks)?;
+        writeln!(io::stdout(), "removed: documents {}, passages {}", removed.documents, removed.chunks)?;
         Ok(())
     }
 }
@@ -320,8 +320,8 @@ impl Info {
         writeln!(out, "documents   {}", info.documents)?;
         writeln!(out, "passages    {} of {} numbers each", info.chunks, info.d)?;
         writeln!(out, "size        {}", human_bytes(info.bytes))?;
-        let packed = if info.dead_rows > 0 { ": `handmill index compact` drops them" } else { "" };
-        writeln!(out, "segments    {} with {} rows no longer used{packed}", info.segments, info.dead_rows)?;
+        let packed = if info.dead_rows > 0 { ", which `handmill index compact` drops" } else { "" };
+        writeln!(out, "segments    {}; rows no longer used: {}{packed}", info.segments, info.dead_rows)?;
         writeln!(
             out,
             "passages of {} tokens at most, paragraphs joined to {}, overlap {}",
@@ -343,7 +343,7 @@ impl Compact {
             return print_json(&json!({"bytes_before": before, "bytes_after": after, "dead_rows": done.dead_rows}));
         }
         let (before, after) = (human_bytes(before), human_bytes(after));
-        writeln!(io::stdout(), "{before} before, {after} now; {} unused rows dropped", done.dead_rows)?;
+        writeln!(io::stdout(), "{before} before, {after} now; rows dropped: {}", done.dead_rows)?;
         Ok(())
     }
 }

@@ -143,9 +143,9 @@ impl Cutter<'_> {
             match rest.split_once(" > ") {
                 Some((_, after)) => rest = after,
                 None => {
-                    let mut end = rest.floor_char_boundary(most * BYTES_PER_TOKEN);
+                    let mut end = floor(rest, most * BYTES_PER_TOKEN);
                     while end > 0 && !fits(&rest[..end])? {
-                        end = rest.floor_char_boundary(end * 3 / 4);
+                        end = floor(rest, end * 3 / 4);
                     }
                     return Ok(rest[..end].trim_end().to_string());
                 }
@@ -222,7 +222,7 @@ impl Cutter<'_> {
             pieces.push(Piece { block, start, end, tokens: tokens.min(self.room) });
             return Ok(());
         }
-        let middle = text.floor_char_boundary(text.len() / 2).max(text.chars().next().map_or(1, char::len_utf8));
+        let middle = floor(text, text.len() / 2).max(text.chars().next().map_or(1, char::len_utf8));
         let after = text[middle..].char_indices().find(|(_, c)| c.is_whitespace()).map(|(at, _)| middle + at);
         let before = text[..middle].char_indices().rfind(|(_, c)| c.is_whitespace()).map(|(at, c)| at + c.len_utf8());
         let near = |at: &usize| at.abs_diff(middle);
@@ -262,4 +262,9 @@ impl Cutter<'_> {
             self.out.push(Chunk { heading: self.heading.clone(), text, lines });
         }
     }
+}
+
+/// The last beginning of a character at or before a byte.
+fn floor(text: &str, at: usize) -> usize {
+    (0..=at.min(text.len())).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0)
 }

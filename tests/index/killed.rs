@@ -86,7 +86,8 @@ fn an_index_survives_being_killed_and_is_finished() {
     // The same for other documents added, then for compaction.
     many(&folder.path().join("e"), 120, "second");
     let e = folder.path().join("e");
-    handmill::retrieve::index::add(&unbroken, &[e.clone()], tiny(), &Options::default(), &mut |_| true).unwrap();
+    handmill::retrieve::index::add(&unbroken, std::slice::from_ref(&e), tiny(), &Options::default(), &mut |_| true)
+        .unwrap();
     let finished = by_document(&unbroken);
     let add = ["index", "add", i, "--model", model, "--docs", str(&e), "--save-every", "24", "--device", "cpu"];
     let mut after = 60;

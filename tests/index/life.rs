@@ -127,8 +127,8 @@ fn another_model_or_another_way_of_cutting_is_refused() {
     let other = open_embedder(&tiny_dir().join("other"));
     for error in [
         Index::open(&idx, &other).err().unwrap(),
-        index::build(&idx, &[docs.clone()], &other, &Options::default(), &mut |_| true).unwrap_err(),
-        index::add(&idx, &[docs.clone()], &other, &Options::default(), &mut |_| true).unwrap_err(),
+        index::build(&idx, std::slice::from_ref(&docs), &other, &Options::default(), &mut |_| true).unwrap_err(),
+        index::add(&idx, std::slice::from_ref(&docs), &other, &Options::default(), &mut |_| true).unwrap_err(),
     ] {
         let error = error.to_string();
         assert!(error.contains("another embedding model") && error.contains(str(&idx)), "{error}");
@@ -208,7 +208,7 @@ fn stopping_keeps_what_is_done() {
             looks += 1;
             looks < 5
         };
-        let report = index::build(&idx, &[docs.clone()], tiny(), &options, &mut until).unwrap();
+        let report = index::build(&idx, std::slice::from_ref(&docs), tiny(), &options, &mut until).unwrap();
         rounds += 1;
         left = left.max(report.unchanged);
         if !report.interrupted {

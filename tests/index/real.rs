@@ -166,7 +166,8 @@ fn minilm_finds_the_paragraph_that_answers() {
         fs::copy(factbook("docs").join(format!("{name}.md")), docs.join(format!("{name}.md"))).unwrap();
     }
     let minilm = open_embedder(&model("minilm"));
-    handmill::retrieve::index::build(&idx, &[docs.clone()], &minilm, &Options::default(), &mut |_| true).unwrap();
+    handmill::retrieve::index::build(&idx, std::slice::from_ref(&docs), &minilm, &Options::default(), &mut |_| true)
+        .unwrap();
     let error = Index::open(&idx, tiny()).err().unwrap().to_string();
     assert!(error.contains("another embedding model"), "{error}");
     let index = Index::open(&idx, &minilm).unwrap();

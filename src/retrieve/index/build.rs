@@ -254,7 +254,8 @@ impl Run<'_> {
                 query.query_map([&source.path], |row| Ok((row.get(0)?, Old { id: row.get(1)?, hash: row.get(2)? })))?;
             rows.collect()
         })?;
-        let (mut moved, mut fresh): (Vec<(i64, u32)>, Vec<(Document, bool)>) = (Vec::new(), Vec::new());
+        let mut moved: Vec<(i64, u32)> = Vec::new();
+        let mut fresh: Vec<(Document, bool)> = Vec::new();
         let mut unchanged = 0;
         for document in documents {
             match before.remove(&document.path) {
