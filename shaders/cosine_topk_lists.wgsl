@@ -5,8 +5,8 @@
 //         rank the new by comparing all with all; the place of each in the list by bisection
 //         move what stands behind the first of them, the last places first; then put the new in
 //
-// A key orders as its score does and −0 equals 0: integers are compared, so that infinities and denormal numbers are what
-// they are on every device. The order in which rows come does not matter, since (key, id) is a total order.
+// A key orders as its score does and −0 equals 0: integers are compared, so that infinities and denormal numbers are
+// what they are on every device. The order in which rows come does not matter, since (key, id) is a total order.
 //
 // The kernel says how many there are: QUERIES and ROWS that meet at once, WIDTH invocations.
 

@@ -6,8 +6,8 @@
 //             sum[row][query] += their products           4 x 4 an invocation
 //         those that enter join the lists
 //
-// Element e of row r of a tile lies at [e][r ^ 2e]: eight neighbours that write four elements of two rows meet all banks,
-// and so do eight that read one element of eight rows.
+// Element e of row r of a tile lies at [e][r ^ 2e]: eight neighbours that write four elements of two rows meet all
+// banks, and so do eight that read one element of eight rows.
 
 const STEP: u32 = 4u;
 var<workgroup> q_tile: array<Element, STEP * QUERIES>;

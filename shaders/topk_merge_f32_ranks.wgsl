@@ -1,6 +1,6 @@
 // topk_merge_f32_ranks: ids, scores [Q,K] = the K best of S lists of K      contract: src/ops/cosine_topk/merge.rs
-// grid   Q, ceil(S*K/128) block 128 = one place of a list an invocation
-// smem   0 B              features none
+// grid   Q, ceil(S*K/128)  block 128 = one place of a list an invocation
+// smem   0 B               features none
 // reads  8QSK B, and places of other lists from caches      writes 8QK B      bound: latency
 // idea   a place's rank among all is its place in its list and, for each other list, how many stand before it there:
 //        a bisection. A place whose rank reaches K is given up, most of them after few lists. Nothing is sorted

@@ -7,10 +7,9 @@
 //! | `warp` | a warp streams four rows past eight queries in shared memory | Q ≤ 8 |
 //! | `mma` | tensor cores: f32 rounds to bf16, queries beside f16 rows to f16, sums of codes are exact | batches |
 //!
-//! How much of the tolerance `mma` uses: let u be the unit roundoff of its type. Each factor rounds once or not at all, so
-//! a term is off by at most 2u + u² of itself, of which 2u are allowed; tensor cores add products exact in f32, each
-//! sum off by at most 2^-22 (they may truncate where f32 rounds), which sqrt(D) + 6 roundings of f32 hold as errors
-//! that are independent.
+//! How much of the tolerance `mma` uses: let u be the unit roundoff of its type, 2^-8 or 2^-11. A factor rounds once or
+//! not at all, and 2u are allowed for the two. A sum of D terms in f32 has errors of 2^-22 a step at most, as tensor
+//! cores may truncate where f32 rounds: what sqrt(D) + 6 roundings do not hold of it is small beside u.
 
 use crate::op::*;
 use crate::tensor::Dtype;
