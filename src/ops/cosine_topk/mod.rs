@@ -3,7 +3,7 @@
 //! ```text
 //! score[q,n]  = Σ_d q[q,d]·rows[n,d]                                                  i8: · q_scales[q]·scales[n]
 //! split s     = rows [s·L, min((s+1)·L, N)), L = ceil(N/S)                            may be empty
-//! counts(q,n) = score[q,n] ≥ floor[q], and bit n%32 of filter[n/32] where FILTER is 1
+//! counts(q,n) = score[q,n] ≥ floor[q], and bit n%32 of mask[n/32] where FILTER is 1
 //! ids, scores = for each query and split the K best that count, by (score descending, id ascending); id = BASE + n
 //! ```
 //!
@@ -40,7 +40,7 @@ pub const MAX_K: usize = 2048;
 pub const CODE_PITCH: usize = 16;
 
 const DIMS: &[&str] = &["Q", "N", "D", "K", "S", "BASE", "FILTER"];
-const FILTER: Arg = input("filter", ArgType::Is(Dtype::U32), &["N/32*FILTER"], Fill::With(data::filter));
+const FILTER: Arg = input("mask", ArgType::Is(Dtype::U32), &["N/32*FILTER"], Fill::With(data::filter));
 const FLOOR: Arg = input("floor", ArgType::Is(Dtype::F32), &["Q"], Fill::With(data::floor));
 const IDS: Arg = output("ids", ArgType::Is(Dtype::U32), &["Q", "S", "K"]);
 const SCORES: Arg = output("scores", ArgType::Is(Dtype::F32), &["Q", "S", "K"]);
