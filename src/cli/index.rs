@@ -44,8 +44,9 @@ enum Command {
 ///
 /// Reads .txt .rst .md .html .pdf and .jsonl (rows with text, and title, path or id if they like). Only what changed
 /// since the last run is embedded; documents that are no longer there leave the index (`index add` keeps them).
-/// Hidden files and links are not followed. Documents are named as --docs is written: write it alike each time. Ctrl-C keeps what is done. With --json: out, status, added, changed,
-/// unchanged, removed, chunks, skipped: [{path, reason}], other_files, seconds, chunks_per_s, device, peak_bytes.
+/// Hidden files and links are not followed. Documents are named as --docs is written: write it alike each time. Ctrl-C
+/// keeps what is done. With --json: out, status, added, changed, unchanged, removed, chunks, skipped:
+/// [{path, reason}], other_files, seconds, chunks_per_s, device, peak_bytes.
 #[derive(Args)]
 struct Build {
     #[command(flatten)]

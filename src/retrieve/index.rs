@@ -23,6 +23,7 @@ use globset::{GlobBuilder, GlobMatcher};
 
 pub use build::{add, build, Options, Progress, Report, SAVE_EVERY};
 pub use database::Meta;
+pub use export::{CHUNKS, VECTORS};
 pub use writer::{compact, remove, Compacted, Removed};
 
 use self::database::Database;

@@ -355,7 +355,8 @@ impl Run<'_> {
         let there: HashSet<&str> = found.sources.iter().map(|source| source.path.as_str()).collect();
         let unseen = |source: &str| {
             self.report.skipped.iter().any(|one| {
-                source.strip_prefix(one.path.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+                let below = |rest: &str| rest.is_empty() || rest.starts_with('/') || one.path.is_empty();
+                source.strip_prefix(one.path.as_str()).is_some_and(below)
             })
         };
         let removed = self.writer.remove_where(|_, source| !there.contains(source) && !unseen(source))?;
