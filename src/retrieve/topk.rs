@@ -17,7 +17,7 @@
 //!             score of every row
 //! ```
 //!
-//! Rows that are not numbers are never found.
+//! Rows are finite; one that holds NaN is never found.
 
 mod codes;
 mod scan;

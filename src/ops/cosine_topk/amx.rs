@@ -1,17 +1,16 @@
 //! `cosine_topk` on AMX tiles (x86-64, Linux): 32 rows by 32 queries at a time.
 //!
 //! ```text
-//! x = h + l, each the nearest bf16 of what is left          q·x ≈ ql·xh + qh·xh + qh·xl, products exact, sums in f32
-//! codes are multiplied as they are, their sums exact in i32
+//! queries and rows rounded to bf16, products exact, sums in f32; codes as they are, sums exact in i32
 //! for each split, threads side by side
-//!     for 32 rows:   split them into tiles of A;   for 32 queries, as tiles of B from the launch's beginning:
+//!     for 32 rows, as tiles of A:   for 32 queries, as tiles of B from the launch's beginning:
 //!         C[32,32] = A·B;   put in their lists those that reach the lists' thresholds, 16 compared at a time
 //! ```
 //!
-//! 1. Three products of bf16 at 512 multiply-adds a cycle are 170 a cycle, where AVX-512 has 32 in f32 (64 at best).
-//! 2. What is left out is under 3·2⁻¹⁶ of |q·x|: far more than a rounding of f32, so these are kernels of bf16, and few
-//!    enough that a dozen candidates more prove the hits.
-//! 3. While the tiles work, the next rows come from memory: their lines are asked for between the products.
+//! 1. A cycle has 512 products of bf16, or 1024 of codes, where AVX-512 has 32 in f32 (64 at best). What rounding moves a
+//!    score by is bounded, and a few dozen candidates more than asked for prove the hits; products of a number's two parts
+//!    would need a dozen, but thrice the work.
+//! 2. While the tiles work, the next rows come from memory: their lines are asked for between the products.
 //!
 //! A tile of A is 16 rows of 64 bytes along the sum, one of B the same of its transpose, four bytes of a query side by
 //! side (Intel SDM, TDPBF16PS and TDPBSSD).
@@ -32,9 +31,8 @@ const BLOCK: usize = 32;
 /// Numbers in a tile's row: bf16, codes.
 const DEPTH: usize = 32;
 const DEPTH_I8: usize = 64;
-/// Tiles of a block at one depth: of two halves, for bf16 high and low parts.
-const TILES: usize = 4;
-const TILES_I8: usize = 2;
+/// Tiles of 32 rows, or queries, at one depth.
+const HALVES: usize = 2;
 
 /// 16 rows of 64 bytes.
 #[derive(Clone, Copy)]
@@ -69,8 +67,6 @@ pub fn launch(format: &str, d: &Dims, args: &mut [Slice<'_>]) {
 struct Queries {
     tiles: Vec<Tile>,
     depth: usize,
-    /// Tiles of a block at one depth.
-    width: usize,
     /// For codes, one a query counted up to whole blocks.
     scales: Vec<f32>,
 }
@@ -81,30 +77,31 @@ impl Queries {
         let padded = queries.next_multiple_of(BLOCK);
         if let Rows::I8 { q, q_scales, .. } = a.rows {
             let (depth, pitch) = (width.div_ceil(DEPTH_I8), width.next_multiple_of(CODE_PITCH));
-            let mut tiles = vec![ZERO; padded / BLOCK * depth * TILES_I8];
+            let mut tiles = vec![ZERO; padded / BLOCK * depth * HALVES];
             for (n, codes) in q.chunks(pitch).enumerate() {
-                for (i, code) in codes[..width].iter().enumerate() {
-                    let tile = (n / BLOCK * depth + i / DEPTH_I8) * TILES_I8 + n % BLOCK / 16;
-                    tiles[tile].0[i % DEPTH_I8 / 4 * 64 + n % 16 * 4 + i % 4] = *code as u8;
+                for (step, codes) in codes[..width].chunks(DEPTH_I8).enumerate() {
+                    let tile = &mut tiles[(n / BLOCK * depth + step) * HALVES + n % BLOCK / 16].0;
+                    for (i, code) in codes.iter().enumerate() {
+                        tile[i / 4 * 64 + n % 16 * 4 + i % 4] = *code as u8;
+                    }
                 }
             }
             let mut scales = q_scales.to_vec();
             scales.resize(padded, 0.0);
-            return Queries { tiles, depth, width: TILES_I8, scales };
+            return Queries { tiles, depth, scales };
         }
         let depth = width.div_ceil(DEPTH);
-        let mut tiles = vec![ZERO; padded / BLOCK * depth * TILES];
+        let mut tiles = vec![ZERO; padded / BLOCK * depth * HALVES];
         for (n, query) in a.q.chunks(width).enumerate() {
-            for (i, value) in query.iter().enumerate() {
-                let high = bf16::from_f32(*value);
-                let low = bf16::from_f32(value - high.to_f32());
-                let tile = (n / BLOCK * depth + i / DEPTH) * TILES + n % BLOCK / 16;
-                let at = i % DEPTH / 2 * 64 + n % 16 * 4 + i % 2 * 2;
-                tiles[tile].0[at..at + 2].copy_from_slice(&high.to_bits().to_le_bytes());
-                tiles[tile + 2].0[at..at + 2].copy_from_slice(&low.to_bits().to_le_bytes());
+            for (step, values) in query.chunks(DEPTH).enumerate() {
+                let tile = &mut tiles[(n / BLOCK * depth + step) * HALVES + n % BLOCK / 16].0;
+                for (i, value) in values.iter().enumerate() {
+                    let at = i / 2 * 64 + n % 16 * 4 + i % 2 * 2;
+                    tile[at..at + 2].copy_from_slice(&bf16::from_f32(*value).to_bits().to_le_bytes());
+                }
             }
         }
-        Queries { tiles, depth, width: TILES, scales: Vec::new() }
+        Queries { tiles, depth, scales: Vec::new() }
     }
 }
 
@@ -112,14 +109,14 @@ impl Queries {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
 fn split(width: usize, rows: Range<usize>, corpus: Rows<'_>, queries: &Queries, lists: &mut Lists<'_>) {
     let depth = queries.depth;
-    let mut a = vec![ZERO; depth * queries.width];
+    let mut a = vec![ZERO; depth * HALVES];
     let mut block = Block([0; 4 * 256]);
     let (first_byte, row_bytes) = match corpus {
         Rows::F32(rows) => (rows.as_ptr().cast::<u8>(), 4 * width),
         Rows::F16(rows) => (rows.as_ptr().cast::<u8>(), 2 * width),
         Rows::I8 { codes, .. } => (codes.as_ptr().cast::<u8>(), width.next_multiple_of(CODE_PITCH)),
     };
-    let blocks = queries.tiles.chunks_exact(depth * queries.width);
+    let blocks = queries.tiles.chunks_exact(depth * HALVES);
     // Lines to ask for at each depth of each block of queries, so that the next 32 rows are all asked for.
     let lines = (BLOCK * row_bytes).div_ceil(64).div_ceil(depth * blocks.len());
     for first in rows.clone().step_by(BLOCK) {
@@ -129,10 +126,10 @@ fn split(width: usize, rows: Range<usize>, corpus: Rows<'_>, queries: &Queries, 
         }
         match corpus {
             Rows::F32(all) => {
-                split_rows(some.clone(), width, &mut a, |row, i, count| load_f32(&all[row * width + i..][..count]))
+                round_rows(some.clone(), width, &mut a, |row, i, count| load_f32(&all[row * width + i..][..count]))
             }
             Rows::F16(all) => {
-                split_rows(some.clone(), width, &mut a, |row, i, count| load_f16(&all[row * width + i..][..count]))
+                round_rows(some.clone(), width, &mut a, |row, i, count| load_f16(&all[row * width + i..][..count]))
             }
             Rows::I8 { codes, .. } => copy_codes(some.clone(), row_bytes, codes, &mut a),
         }
@@ -185,38 +182,24 @@ fn offer(block: &Block, rows: Range<usize>, query: usize, corpus: Rows<'_>, quer
     }
 }
 
-/// Up to 32 rows as tiles of A: at each depth the high parts of both halves, then the low parts. `load` gives up to 16
-/// numbers of a row, the rest zero. What is past the rows stays as it was: no one reads those scores.
+/// Up to 32 rows as tiles of A, rounded to the nearest bf16. `load` gives up to 16 numbers of a row, the rest zero. What is
+/// past the rows stays as it was: no one reads those scores.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 #[inline]
-fn split_rows(rows: Range<usize>, width: usize, a: &mut [Tile], load: impl Fn(usize, usize, usize) -> __m512) {
+fn round_rows(rows: Range<usize>, width: usize, a: &mut [Tile], load: impl Fn(usize, usize, usize) -> __m512) {
     for (r, row) in rows.enumerate() {
-        for (i, tiles) in (0..width).step_by(DEPTH).zip(a.chunks_exact_mut(TILES)) {
-            let (first, second) = (16.min(width - i), 16.min((width - i).saturating_sub(16)));
-            let low = load(row, i, first);
-            let high = if second > 0 { load(row, i + 16, second) } else { _mm512_setzero_ps() };
-            let part = round(low, high);
-            let widen = |half: __m256i| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half)));
-            let rest = round(
-                _mm512_sub_ps(low, widen(_mm512_castsi512_si256(part))),
-                _mm512_sub_ps(high, widen(_mm512_extracti64x4_epi64::<1>(part))),
-            );
-            let (tile, at) = (r / 16, r % 16 * 64);
-            // SAFETY: a row of a tile is 64 bytes, aligned.
+        for (i, tiles) in (0..width).step_by(DEPTH).zip(a.chunks_exact_mut(HALVES)) {
+            let low = load(row, i, (width - i).min(16));
+            let rest = (width - i).saturating_sub(16).min(16);
+            let high = if rest > 0 { load(row, i + 16, rest) } else { _mm512_setzero_ps() };
+            let line = &mut tiles[r / 16].0[r % 16 * 64..][..64];
+            // SAFETY: 32 bf16 as their bits; a row of a tile is 64 bytes.
             unsafe {
-                _mm512_store_si512(tiles[tile].0[at..at + 64].as_mut_ptr().cast(), part);
-                _mm512_store_si512(tiles[tile + 2].0[at..at + 64].as_mut_ptr().cast(), rest);
+                let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
+                _mm512_storeu_si512(line.as_mut_ptr().cast(), both);
             }
         }
     }
-}
-
-/// 32 numbers as bf16, to the nearest.
-#[target_feature(enable = "avx512f,avx512bf16")]
-#[inline]
-fn round(low: __m512, high: __m512) -> __m512i {
-    // SAFETY: 32 bf16 as their bits.
-    unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low)) }
 }
 
 #[target_feature(enable = "avx512f")]
@@ -243,134 +226,70 @@ fn mask(count: usize) -> u16 {
 fn copy_codes(rows: Range<usize>, pitch: usize, codes: &[i8], a: &mut [Tile]) {
     for (r, row) in rows.enumerate() {
         let codes: &[u8] = bytemuck::cast_slice(&codes[row * pitch..(row + 1) * pitch]);
-        for (codes, tiles) in codes.chunks(DEPTH_I8).zip(a.chunks_exact_mut(TILES_I8)) {
+        for (codes, tiles) in codes.chunks(DEPTH_I8).zip(a.chunks_exact_mut(HALVES)) {
             tiles[r / 16].0[r % 16 * 64..][..codes.len()].copy_from_slice(codes);
         }
     }
 }
 
-/// C = A·B over `depth`: 32 rows by 32 queries in two bf16 each. Asks for `lines` lines from `ahead` on at each depth.
-///
-/// # Safety
-/// Called from within [`with_tiles`].
-#[inline]
-unsafe fn multiply_bf16(a: &[Tile], b: &[Tile], depth: usize, c: &mut Block, ahead: *const u8, lines: usize) {
-    assert!(depth > 0 && a.len() == TILES * depth && b.len() == TILES * depth);
-    // SAFETY: A and B hold `depth` times four tiles, which is what the loop reads, and C four. A prefetch of any address is
-    // no access.
-    unsafe {
-        asm!(
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "tilezero tmm2",
-            "tilezero tmm3",
-            "2:",
-            // low rows · high queries
-            "tileloadd tmm6, [{b} + {row}*1]",
-            "tileloadd tmm4, [{a} + {row}*1 + 2048]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm7, [{b} + {row}*1 + 1024]",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tileloadd tmm5, [{a} + {row}*1 + 3072]",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "mov {i}, {lines}",
-            "test {i}, {i}",
-            "jz 4f",
-            "3:",
-            "prefetcht1 [{ahead}]",
-            "add {ahead}, 64",
-            "dec {i}",
-            "jnz 3b",
-            "4:",
-            // high · high
-            "tileloadd tmm4, [{a} + {row}*1]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tileloadd tmm5, [{a} + {row}*1 + 1024]",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            // high rows · low queries
-            "tileloadd tmm6, [{b} + {row}*1 + 2048]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm7, [{b} + {row}*1 + 3072]",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "add {a}, 4096",
-            "add {b}, 4096",
-            "dec {depth}",
-            "jnz 2b",
-            "tilestored [{c} + {row}*1], tmm0",
-            "tilestored [{c} + {row}*1 + 1024], tmm1",
-            "tilestored [{c} + {row}*1 + 2048], tmm2",
-            "tilestored [{c} + {row}*1 + 3072], tmm3",
-            depth = inout(reg) depth => _,
-            a = inout(reg) a.as_ptr() => _,
-            b = inout(reg) b.as_ptr() => _,
-            c = in(reg) c as *mut Block,
-            ahead = inout(reg) ahead => _,
-            lines = in(reg) lines,
-            i = out(reg) _,
-            row = in(reg) 64usize,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack),
-        );
-    }
+/// C = A·B over `depth`, 32 rows by 32 queries, by one of the two instructions. Asks for `lines` lines from `ahead` on at
+/// each depth.
+macro_rules! multiply {
+    ($name:ident, $instruction:literal) => {
+        /// # Safety
+        /// Called from within [`with_tiles`], on a processor that has the instruction.
+        #[inline]
+        unsafe fn $name(a: &[Tile], b: &[Tile], depth: usize, c: &mut Block, ahead: *const u8, lines: usize) {
+            assert!(depth > 0 && a.len() == HALVES * depth && b.len() == HALVES * depth);
+            // SAFETY: A and B hold `depth` times two tiles, which is what the loop reads, and C four. A prefetch of any
+            // address is no access.
+            unsafe {
+                asm!(
+                    "tilezero tmm0",
+                    "tilezero tmm1",
+                    "tilezero tmm2",
+                    "tilezero tmm3",
+                    "2:",
+                    "tileloadd tmm4, [{a} + {row}*1]",
+                    "tileloadd tmm6, [{b} + {row}*1]",
+                    concat!($instruction, " tmm0, tmm4, tmm6"),
+                    "tileloadd tmm7, [{b} + {row}*1 + 1024]",
+                    concat!($instruction, " tmm1, tmm4, tmm7"),
+                    "tileloadd tmm5, [{a} + {row}*1 + 1024]",
+                    concat!($instruction, " tmm2, tmm5, tmm6"),
+                    concat!($instruction, " tmm3, tmm5, tmm7"),
+                    "mov {i}, {lines}",
+                    "test {i}, {i}",
+                    "jz 4f",
+                    "3:",
+                    "prefetcht1 [{ahead}]",
+                    "add {ahead}, 64",
+                    "dec {i}",
+                    "jnz 3b",
+                    "4:",
+                    "add {a}, 2048",
+                    "add {b}, 2048",
+                    "dec {depth}",
+                    "jnz 2b",
+                    "tilestored [{c} + {row}*1], tmm0",
+                    "tilestored [{c} + {row}*1 + 1024], tmm1",
+                    "tilestored [{c} + {row}*1 + 2048], tmm2",
+                    "tilestored [{c} + {row}*1 + 3072], tmm3",
+                    depth = inout(reg) depth => _,
+                    a = inout(reg) a.as_ptr() => _,
+                    b = inout(reg) b.as_ptr() => _,
+                    c = in(reg) c as *mut Block,
+                    ahead = inout(reg) ahead => _,
+                    lines = in(reg) lines,
+                    i = out(reg) _,
+                    row = in(reg) 64usize,
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack),
+                );
+            }
+        }
+    };
 }
-
-/// The same for codes: sums in i32.
-///
-/// # Safety
-/// Called from within [`with_tiles`], on a processor with AMX-INT8.
-#[inline]
-unsafe fn multiply_i8(a: &[Tile], b: &[Tile], depth: usize, c: &mut Block, ahead: *const u8, lines: usize) {
-    assert!(depth > 0 && a.len() == TILES_I8 * depth && b.len() == TILES_I8 * depth);
-    // SAFETY: as in `multiply_bf16`, with two tiles a depth.
-    unsafe {
-        asm!(
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "tilezero tmm2",
-            "tilezero tmm3",
-            "2:",
-            "tileloadd tmm4, [{a} + {row}*1]",
-            "tileloadd tmm6, [{b} + {row}*1]",
-            "tdpbssd tmm0, tmm4, tmm6",
-            "tileloadd tmm7, [{b} + {row}*1 + 1024]",
-            "tdpbssd tmm1, tmm4, tmm7",
-            "tileloadd tmm5, [{a} + {row}*1 + 1024]",
-            "tdpbssd tmm2, tmm5, tmm6",
-            "tdpbssd tmm3, tmm5, tmm7",
-            "mov {i}, {lines}",
-            "test {i}, {i}",
-            "jz 4f",
-            "3:",
-            "prefetcht1 [{ahead}]",
-            "add {ahead}, 64",
-            "dec {i}",
-            "jnz 3b",
-            "4:",
-            "add {a}, 2048",
-            "add {b}, 2048",
-            "dec {depth}",
-            "jnz 2b",
-            "tilestored [{c} + {row}*1], tmm0",
-            "tilestored [{c} + {row}*1 + 1024], tmm1",
-            "tilestored [{c} + {row}*1 + 2048], tmm2",
-            "tilestored [{c} + {row}*1 + 3072], tmm3",
-            depth = inout(reg) depth => _,
-            a = inout(reg) a.as_ptr() => _,
-            b = inout(reg) b.as_ptr() => _,
-            c = in(reg) c as *mut Block,
-            ahead = inout(reg) ahead => _,
-            lines = in(reg) lines,
-            i = out(reg) _,
-            row = in(reg) 64usize,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack),
-        );
-    }
-}
+multiply!(multiply_bf16, "tdpbf16ps");
+multiply!(multiply_i8, "tdpbssd");

@@ -4,7 +4,8 @@
 //! | --- | --- | --- |
 //! | `naive` | one dot product after another | reading |
 //! | `tiled` | a tile of rows by 16 or 32 queries in registers; rows pass once, whatever the number of queries | f32 sums |
-//! | `amx` | blocks of 32 rows by 32 queries on tiles of bf16, two to a number, or of codes ([`super::amx`]) | speed |
+//! | `vnni` | the same over codes, exact sums in i32 ([`super::vnni`]) | processors that have it |
+//! | `amx` | blocks of 32 rows by 32 queries on tiles of bf16 or of codes ([`super::amx`]) | processors that have them |
 //!
 //! ```text
 //! tiled:  for each split, threads side by side
@@ -27,7 +28,7 @@ const NEAR: usize = 64 << 10;
 
 /// A format's rungs: the plain one, then tiles in each instruction set. Those on AMX are of bf16, but for codes.
 macro_rules! kernels {
-    ($name:ident, $word:literal, $act:expr, $has_amx:path) => {
+    ($name:ident, $word:literal, $act:expr, $has_amx:path $(, $more:expr)?) => {
         pub const $name: &[Kernel] = &[
             rust(concat!("cosine_topk_", $word, "_naive"), |d, args| naive($word, d, args), always),
             rust(concat!("cosine_topk_", $word, "_tiled"), |d, args| tiled($word, Simd::Portable, d, args), always),
@@ -39,6 +40,10 @@ macro_rules! kernels {
                 |d, args| tiled($word, Simd::Avx512, d, args),
                 has_avx512,
             ),
+            $(
+                #[cfg(target_arch = "x86_64")]
+                $more,
+            )?
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
             Kernel {
                 act: $act,
@@ -49,7 +54,13 @@ macro_rules! kernels {
 }
 kernels!(KERNELS_F32, "f32", Dtype::BF16, has_amx);
 kernels!(KERNELS_F16, "f16", Dtype::BF16, has_amx);
-kernels!(KERNELS_I8, "i8", Dtype::F32, super::amx::has_amx_int8);
+kernels!(
+    KERNELS_I8,
+    "i8",
+    Dtype::F32,
+    super::amx::has_amx_int8,
+    rust("cosine_topk_i8_vnni", super::vnni::launch, super::vnni::has_vnni)
+);
 
 /// N rows as they are stored.
 #[derive(Clone, Copy)]

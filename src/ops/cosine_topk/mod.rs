@@ -23,6 +23,8 @@ mod data;
 mod merge;
 mod ptx;
 pub mod select;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
 mod wgsl;
 
 use crate::op::*;
@@ -118,19 +120,14 @@ const fn spec(
 /// How far a score of this kernel may be from the real product of `d` elements, relative to the norms of query and row:
 /// Σ|q·x| ≤ ‖q‖·‖x‖ (Cauchy, Schwarz), and a sum of n terms in any order is off by at most n·u/(1 − n·u) of that, u the
 /// unit roundoff of f32 (Higham 2002, 4.2); eight more for the scales of codes and the rounding of what it is compared
-/// with. Narrower factors add one rounding of their type each. `amx` holds a number in two bf16, which are off by u²
-/// at most, u now that of bf16, and leaves out the product of the two low ones, another u²: three products for one.
+/// with. Narrower factors add one rounding of their type each.
 pub fn score_error(kernel: &Kernel, d: usize) -> f64 {
-    let u = if kernel.act == Dtype::F32 { 0.0 } else { kernel.act.unit_roundoff() };
-    let (terms, factors) = match kernel.act == Dtype::BF16 && kernel.stem.ends_with("_amx") {
-        true => (3 * d, 3.0 * u * u * (1.0 + u)),
-        false => (d, 2.0 * u + u * u),
-    };
-    let roundings = (terms + 8) as f64 * Dtype::F32.unit_roundoff();
+    let narrow = if kernel.act == Dtype::F32 { 0.0 } else { kernel.act.unit_roundoff() };
+    let roundings = (d + 8) as f64 * Dtype::F32.unit_roundoff();
     // Beyond some million elements nothing is known.
     let sum = if roundings < 0.5 { roundings / (1.0 - roundings) } else { f64::INFINITY };
-    // The terms that are summed may be larger than the factors' product by what their rounding adds.
-    sum * (1.0 + 4.0 * u) + factors
+    // The terms that are summed may be larger by what rounding adds to their factors.
+    sum * (1.0 + narrow).powi(2) + 2.0 * narrow + narrow * narrow
 }
 
 fn cost(d: &Dims, row_bytes: usize, query_bytes: usize) -> Cost {

@@ -82,8 +82,10 @@ impl Best {
 
     /// The list: at most K rows, the best first.
     pub fn into_sorted(mut self) -> Vec<Scored> {
+        if self.rows.len() > self.k {
+            self.halve();
+        }
         self.rows.sort_unstable_by(Scored::order);
-        self.rows.truncate(self.k);
         self.rows
     }
 

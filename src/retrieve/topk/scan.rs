@@ -182,8 +182,8 @@ impl<'a> Pass<'a> {
         // With codes or few bits many rows lie near the k-th; else next to none.
         let margin = match self.stored {
             _ if wide => MAX_K,
-            Stored::Codes(_) => 8 * k + 48,
-            Stored::Exact(_) if self.relative > 1e-3 => 2 * k + 32,
+            Stored::Codes(_) => 6 * k + 32,
+            Stored::Exact(_) if self.relative > 1e-3 => 3 * k + 32,
             Stored::Exact(_) => k / 8 + 8,
         };
         let places = self.places((k + margin).min(MAX_K), queries.len())?;
@@ -208,7 +208,7 @@ impl<'a> Pass<'a> {
                     self.launch(slab, some.len(), places, &query_args, words.unwrap_or(&[]), &floors[some.clone()])?;
                 let lists = lists.par_chunks_exact(lists.len() / some.len());
                 let queries = found[some.clone()].par_iter_mut().zip(&mut floors[some]).zip(lists);
-                queries.for_each(|((found, floor), lists)| found.join(lists, places, floor));
+                queries.for_each(|((found, floor), lists)| found.join(lists, k, places, floor));
             }
         }
         Ok(found)
@@ -262,7 +262,7 @@ impl<'a> Pass<'a> {
         floors: &[f32],
     ) -> Result<Vec<Scored>, Error> {
         let n = slab.rows.len();
-        let most = if self.on_host() { 4 * rayon::current_num_threads() } else { DEVICE_SPLITS };
+        let most = if self.on_host() { 2 * rayon::current_num_threads() } else { DEVICE_SPLITS };
         let splits = n.div_ceil(SPLIT_ROWS.max(places)).clamp(1, most);
         let values = [queries, n, self.d, places, splits, slab.rows.start, usize::from(!filter.is_empty())];
         let dims = self.spec.dims(&values, &[]);
@@ -342,9 +342,9 @@ impl<'a> Pass<'a> {
 }
 
 impl Candidates {
-    /// Takes in the lists of a launch over further rows, and raises the floor of the next: what is below so many is needed
-    /// no more.
-    fn join(&mut self, lists: &[Scored], places: usize, floor: &mut f32) {
+    /// Takes in the lists of a launch over further rows, and raises the floor of the next. What is below the k-th by more
+    /// than twice the error cannot be among the k, and more than so many places are not asked for.
+    fn join(&mut self, lists: &[Scored], k: usize, places: usize, floor: &mut f32) {
         for list in lists.chunks_exact(places) {
             let filled = list.partition_point(|row| row.id != NO_ROW);
             self.rows.extend(&list[..filled]);
@@ -352,9 +352,18 @@ impl Candidates {
                 self.outside = self.outside.max(list[places - 1].score);
             }
         }
+        // Sorted runs, which a stable sort only merges.
+        self.rows.sort_by(Scored::order);
+        if let Some(row) = self.rows.get(k - 1) {
+            let needed = ((row.score as f64 - 2.0 * self.error) as f32).next_down();
+            if needed > *floor {
+                *floor = needed;
+                self.outside = self.outside.max(needed.next_down());
+                self.rows.truncate(self.rows.partition_point(|row| row.score >= needed));
+            }
+        }
         // Lists of the most places may hold a margin together that each alone has not.
         let kept = if places == MAX_K { 2 * MAX_K } else { places };
-        self.rows.sort_unstable_by(Scored::order);
         if let Some(last) = self.rows.get(kept - 1).map(|last| last.score) {
             *floor = floor.max(last);
             self.rows.truncate(kept);
