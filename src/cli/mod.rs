@@ -1,6 +1,7 @@
 //! Commands: their flags and what they print. Results go to stdout, everything else to stderr.
 
 mod adapter;
+mod compare;
 mod doctor;
 mod embed;
 mod eval;
@@ -50,6 +51,7 @@ enum Command {
     Quantize(quantize::Quantize),
     Finetune(Box<finetune::Finetune>),
     Adapter(adapter::Adapter),
+    Compare(Box<compare::Compare>),
 }
 
 /// Flags of every command.
@@ -101,6 +103,7 @@ pub fn main() -> ExitCode {
         Command::Quantize(command) => command.run(),
         Command::Finetune(command) => command.run(),
         Command::Adapter(command) => command.run(),
+        Command::Compare(command) => command.run(),
     };
     let Err(error) = result.and_then(|()| Ok(io::stdout().flush()?)) else {
         return ExitCode::SUCCESS;
