@@ -41,9 +41,9 @@ fn notes(question: &Question, found: &[Passage], alone: bool, rng: &mut ChaCha8R
     if alone {
         let answers = question.answers();
         let holds = |passage: &&Passage| metrics::present(&passage.text, &answers) > 0.0;
-        return found.iter().find(holds).or(found.first()).map(|passage| passage.text.clone()).into_iter().collect();
+        return found.iter().find(holds).or(found.first()).map(Passage::note).into_iter().collect();
     }
-    let mut notes: Vec<String> = found.iter().map(|passage| passage.text.clone()).collect();
+    let mut notes: Vec<String> = found.iter().map(Passage::note).collect();
     if rng.random_range(0..10) < 3 {
         notes.shuffle(rng);
     }
@@ -122,7 +122,8 @@ mod tests {
     fn a_share_of_the_rows_has_passages() {
         let question = |i: usize| Question { question: format!("q{i}"), answer: format!("x{i}"), ..Default::default() };
         let rows: Vec<TrainRow> = (0..8).map(|i| TrainRow::Asked(Box::new(question(i)))).collect();
-        let passage = |text: String| Passage { score: 0.5, path: "p".into(), lines: (1, 1), text };
+        let passage =
+            |text: String| Passage { score: 0.5, path: "p".into(), lines: (1, 1), heading: String::new(), text };
         let found: Vec<Vec<Passage>> =
             (0..8).map(|i| vec![passage("other".into()), passage(format!("holds x{i}"))]).collect();
         let order: Vec<usize> = (0..8).collect();

@@ -21,8 +21,21 @@ pub struct Passage {
     pub path: String,
     /// Its first and last line there.
     pub lines: (u32, u32),
+    /// The headings that it stands under.
+    #[serde(default)]
+    pub heading: String,
     /// What it says.
     pub text: String,
+}
+
+impl Passage {
+    /// What a model is shown of it.
+    pub fn note(&self) -> String {
+        match self.heading.is_empty() {
+            true => self.text.clone(),
+            false => format!("{}: {}", self.heading, self.text),
+        }
+    }
 }
 
 /// An index and what is needed to ask it.
@@ -49,6 +62,7 @@ impl Retriever {
                     score: 0.0,
                     path: file.display().to_string(),
                     lines: (1, 1),
+                    heading: String::new(),
                     text: paragraph.trim().to_string(),
                 });
             }

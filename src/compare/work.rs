@@ -332,7 +332,7 @@ impl Work<'_> {
     ) -> Result<Vec<Prompt>, Halt> {
         let Some(model) = &self.model else { return Ok(Vec::new()) };
         let (form, config) = (&self.inputs.form, self.config);
-        let texts = |passages: &[Passage]| passages.iter().map(|p| p.text.clone()).collect::<Vec<String>>();
+        let texts = |passages: &[Passage]| passages.iter().map(Passage::note).collect::<Vec<String>>();
         let mut shown = Vec::new();
         for &row in self.inputs.shots.iter().take(shots) {
             if let TrainRow::Asked(question) = &self.inputs.train[row] {
