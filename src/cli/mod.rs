@@ -1,13 +1,16 @@
 //! Commands: their flags and what they print. Results go to stdout, everything else to stderr.
 
 mod adapter;
+mod ask;
 mod compare;
 mod doctor;
 mod embed;
 mod eval;
 mod finetune;
 mod generate;
+mod index;
 mod quantize;
+mod search;
 mod sim;
 mod sim_trace;
 mod verify;
@@ -22,7 +25,7 @@ use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 use handmill::device::{self, Device};
 use handmill::model::adapter as lora;
-use handmill::model::generate::LanguageModel;
+use handmill::model::generate::{Embedder, LanguageModel};
 use handmill::model::weights::LoadOptions;
 use handmill::train::metrics::peak_bytes;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -52,6 +55,9 @@ enum Command {
     Finetune(Box<finetune::Finetune>),
     Adapter(adapter::Adapter),
     Compare(Box<compare::Compare>),
+    Index(index::Index),
+    Search(search::Search),
+    Ask(Box<ask::Ask>),
 }
 
 /// Flags of every command.
@@ -82,7 +88,10 @@ struct Interrupted;
 
 /// Runs the command that the arguments name.
 pub fn main() -> ExitCode {
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
+    env_logger::Builder::from_env(
+        env_logger::Env::default().default_filter_or("warn,pdf_extract=error,lopdf=error,html5ever=error"),
+    )
+    .init();
     // Mesa's layer that chooses a first adapter would look for a display and complain of none; `device::wgpu` chooses.
     std::env::set_var("NODEVICE_SELECT", "1");
     let cli = match Cli::try_parse() {
@@ -104,6 +113,9 @@ pub fn main() -> ExitCode {
         Command::Finetune(command) => command.run(),
         Command::Adapter(command) => command.run(),
         Command::Compare(command) => command.run(),
+        Command::Index(command) => command.run(),
+        Command::Search(command) => command.run(),
+        Command::Ask(command) => command.run(),
     };
     let Err(error) = result.and_then(|()| Ok(io::stdout().flush()?)) else {
         return ExitCode::SUCCESS;
@@ -160,6 +172,15 @@ fn open_model(
     }
     spinner.finish_and_clear();
     Ok(model)
+}
+
+/// Opens an embedding model, saying on stderr what it does meanwhile.
+fn open_embedder(path: &Path, device: &Arc<dyn Device>) -> Result<Embedder> {
+    let spinner = spinner(format!("loading {}", path.display()));
+    let embedder = Embedder::open(path, device.clone(), &LoadOptions::default())
+        .context("cannot open the embedding model (the Hugging Face directory of a BERT sentence embedder)")?;
+    spinner.finish_and_clear();
+    Ok(embedder)
 }
 
 /// A text file, byte for byte.

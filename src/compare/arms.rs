@@ -97,9 +97,11 @@ pub struct Answered {
     pub reply_nll: f64,
 }
 
+#[allow(clippy::too_many_arguments)] // each is a part of the prompt
 /// The prompt for a question; passages that the model's context has no room for are left out, the last first.
 pub fn prompt(
     model: &LanguageModel,
+    special: &[String],
     question: &Question,
     expected: &str,
     examples: &[Example],
@@ -112,7 +114,7 @@ pub fn prompt(
     let room = model.llama.config.max_positions.saturating_sub(max_tokens.max(reply.len()).max(answer.len()));
     let mut count = notes.len();
     loop {
-        let ids = prompt::ids(model, examples, instruction, &notes[..count], question)?;
+        let ids = prompt::ids(model, special, examples, instruction, &notes[..count], question)?;
         if ids.len() <= room {
             return Ok(Prompt { ids, reply, answer });
         }

@@ -58,6 +58,8 @@ pub struct How<'a> {
     pub instruction: Option<&'a str>,
     /// Rows are messages, else prompt and completion.
     pub chat: bool,
+    /// The model's special tokens.
+    pub special: &'a [String],
     /// Seeds what is drawn.
     pub seed: u64,
 }
@@ -89,7 +91,7 @@ pub fn lines(
             shown = notes(question, &found[row], with % 3 == 0, &mut rng);
         }
         let said = question.instruction.as_deref().or(how.instruction);
-        let asked = prompt::message(said, &shown, &question.question);
+        let asked = prompt::message(said, &shown, &question.question, how.special);
         let reply = form
             .expected(question)
             .map_err(|what| Error::Request(format!("training row #{} {what}", question.line)))?;
@@ -128,7 +130,7 @@ mod tests {
             (0..8).map(|i| vec![passage("other".into()), passage(format!("holds x{i}"))]).collect();
         let order: Vec<usize> = (0..8).collect();
         let made = |share| {
-            let how = How { share, instruction: None, chat: true, seed: 1 };
+            let how = How { share, instruction: None, chat: true, special: &[], seed: 1 };
             lines(&rows, &order, &found, &Form::default(), &how).unwrap()
         };
         let with = |text: &str| text.lines().filter(|line| line.contains("Notes:")).count();

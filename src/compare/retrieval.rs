@@ -1,16 +1,20 @@
 //! Passages for questions: the one place where a comparison meets the index.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use super::Halt;
+use super::{stages, Config, Halt};
 use crate::device::Device;
 use crate::error::Error;
 use crate::model::generate::Embedder;
-use crate::retrieve::topk::{self, Corpus, Rows};
+use crate::retrieve::files;
+use crate::retrieve::index::{self, Index, Options};
+
+/// The index's folder below the directory.
+pub const FOLDER: &str = "index";
 
 /// A passage that was found.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -22,7 +26,6 @@ pub struct Passage {
     /// Its first and last line there.
     pub lines: (u32, u32),
     /// The headings that it stands under.
-    #[serde(default)]
     pub heading: String,
     /// What it says.
     pub text: String,
@@ -38,92 +41,103 @@ impl Passage {
     }
 }
 
+/// How the index was built.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Built {
+    /// Seconds it took, those of runs that were cut off among them.
+    pub seconds: f64,
+    /// Its bytes.
+    pub bytes: u64,
+    /// Documents in it.
+    pub documents: usize,
+    /// Passages in it.
+    pub chunks: usize,
+    /// Some of it was there before: the seconds are those of the rest.
+    pub partly: bool,
+    /// Files that were left out, and why.
+    pub skipped: Vec<String>,
+}
+
 /// An index and what is needed to ask it.
 pub struct Retriever {
     device: Arc<dyn Device>,
     embedder: Embedder,
-    passages: Vec<Passage>,
-    vectors: Vec<f32>,
+    index: Index,
+    /// How it was built.
+    pub built: Built,
+}
+
+/// The SHA-256 of every document, with its path, a line each. Errors: a path that is not there, no document.
+pub fn fingerprint(config: &Config) -> Result<String, Error> {
+    let found = files::scan(&config.docs)?;
+    if found.sources.is_empty() {
+        let path = config.docs.first().map_or(Path::new(""), |path| path);
+        return Err(Error::file(path, "holds no document that can be indexed: name text, Markdown, HTML or PDF files"));
+    }
+    let mut text = String::new();
+    for source in &found.sources {
+        let hash = stages::file_sha256(&source.file).unwrap_or_else(|error| error.to_string());
+        text += &format!("{hash}  {}\n", source.path);
+    }
+    Ok(text)
 }
 
 impl Retriever {
-    /// Builds the index of documents.
-    pub fn build(
-        config: &super::Config,
+    /// Opens the index of the documents; it is built, or brought up to date, unless `key` says that it was.
+    pub fn open(
+        config: &Config,
         embedder: Embedder,
         device: Arc<dyn Device>,
-        tell: &mut dyn FnMut(usize, usize) -> bool,
+        key: &str,
+        tell: &mut dyn FnMut(usize, usize, usize) -> bool,
     ) -> Result<Retriever, Halt> {
-        let mut passages = Vec::new();
-        for file in files(&config.docs)? {
-            let text = fs::read_to_string(&file).map_err(|cause| Error::io(&file, cause))?;
-            for paragraph in text.split("\n\n").filter(|text| !text.trim().is_empty() && !text.starts_with('#')) {
-                passages.push(Passage {
-                    score: 0.0,
-                    path: file.display().to_string(),
-                    lines: (1, 1),
-                    heading: String::new(),
-                    text: paragraph.trim().to_string(),
-                });
+        let dir = config.out.join(FOLDER);
+        if let Some(built) = stages::load::<Built>(&config.out, "index", key) {
+            if let Ok(index) = Index::open(&dir, &embedder) {
+                return Ok(Retriever { device, embedder, index, built });
             }
         }
-        let texts: Vec<&str> = passages.iter().map(|passage| passage.text.as_str()).collect();
-        let mut vectors = Vec::new();
-        for chunk in texts.chunks(64) {
-            vectors.extend(embedder.embed_lines(chunk)?);
-            if !tell(vectors.len() / embedder.width(), texts.len()) {
-                return Err(Halt::Interrupted);
+        // Seconds and passages of runs that were cut off.
+        let (spent, made): (f64, usize) = stages::load(&config.out, "index-part", key).unwrap_or_default();
+        let start = Instant::now();
+        let report = index::build(&dir, &config.docs, &embedder, &Options::default(), &mut |progress| {
+            let so_far = (spent + start.elapsed().as_secs_f64(), made + progress.chunks);
+            if let Err(error) = stages::save(&config.out, "index-part", key, &so_far) {
+                log::warn!("{error}");
             }
+            tell(progress.bytes as usize, progress.total as usize, progress.chunks)
+        })?;
+        let seconds = spent + start.elapsed().as_secs_f64();
+        if report.interrupted {
+            return Err(Halt::Interrupted);
         }
-        Ok(Retriever { device, embedder, passages, vectors })
-    }
-
-    /// Seconds the index took to build, where it was found built.
-    pub fn built_s(&self) -> Option<f64> {
-        None
-    }
-
-    /// Bytes of the index.
-    pub fn bytes(&self) -> u64 {
-        4 * self.vectors.len() as u64
-    }
-
-    /// How many documents are in it.
-    pub fn documents(&self) -> usize {
-        let mut paths: Vec<&str> = self.passages.iter().map(|passage| passage.path.as_str()).collect();
-        paths.dedup();
-        paths.len()
-    }
-
-    /// How many passages.
-    pub fn chunks(&self) -> usize {
-        self.passages.len()
+        let index = Index::open(&dir, &embedder)?;
+        let info = index.info()?;
+        let built = Built {
+            seconds,
+            bytes: info.bytes,
+            documents: info.documents,
+            chunks: info.chunks,
+            partly: made + report.chunks < info.chunks,
+            skipped: files::tell(&report.skipped, 3),
+        };
+        if built.chunks == 0 {
+            return Err(Error::file(&dir, "no passage came of the documents: are they empty?").into());
+        }
+        stages::save(&config.out, "index", key, &built)?;
+        Ok(Retriever { device, embedder, index, built })
     }
 
     /// The k best passages for each text.
     pub fn passages(&self, texts: &[&str], k: usize) -> Result<Vec<Vec<Passage>>, Error> {
-        let queries = self.embedder.embed_lines(texts)?;
-        let corpus = Corpus { d: self.embedder.width(), rows: Rows::F32(&self.vectors) };
-        let hits = topk::search(&*self.device, &corpus, &queries, k, None)?;
-        let passage = |hit: topk::Hit| Passage { score: hit.score, ..self.passages[hit.row as usize].clone() };
-        Ok(hits.into_iter().map(|hits| hits.into_iter().map(passage).collect()).collect())
+        let found = self.index.search(&*self.device, &self.embedder, texts, k, None)?;
+        let passage = |p: index::Passage| Passage {
+            score: p.score,
+            path: p.path,
+            lines: p.lines,
+            heading: p.heading,
+            text: p.text,
+        };
+        Ok(found.into_iter().map(|passages| passages.into_iter().map(passage).collect()).collect())
     }
-}
-
-/// Every document below the paths, in order.
-pub fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>, Error> {
-    fn walk(path: &Path, found: &mut Vec<PathBuf>) -> Result<(), Error> {
-        let fail = |cause| Error::io(path, cause);
-        if fs::metadata(path).map_err(fail)?.is_dir() {
-            let entries = fs::read_dir(path).map_err(fail)?.collect::<Result<Vec<_>, _>>().map_err(fail)?;
-            let mut inside: Vec<PathBuf> = entries.into_iter().map(|entry| entry.path()).collect();
-            inside.sort();
-            return inside.iter().try_for_each(|path| walk(path, found));
-        }
-        found.push(path.to_path_buf());
-        Ok(())
-    }
-    let mut found = Vec::new();
-    paths.iter().try_for_each(|path| walk(path, &mut found))?;
-    Ok(found)
 }

@@ -111,6 +111,10 @@ pub(super) fn warnings(
     if last > first {
         said.push(format!("The training loss rose from {first:.3} to {last:.3}: lower the learning rate (--lr)."));
     }
+    said.extend(retrieved.built.skipped.iter().map(|line| line.replacen("left", "Documents left", 1)));
+    if retrieved.built.partly {
+        said.push("The index was there but for some documents: the time of indexing is that of those alone.".into());
+    }
     if let Some(limit) = config.max_forgetting.filter(|limit| forgetting.delta.mean > *limit) {
         said.push(format!(
             "The loss on the unrelated text rose by {:.3} nats a token; {limit} are allowed (--max-forgetting).",

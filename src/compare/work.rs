@@ -18,7 +18,7 @@ use super::outcome::{self, ArmOutcome, Forgetting, HitRate, Outcome, Variant};
 use super::prompt::Example;
 use super::questions::{self, Question, TrainRow};
 use super::recommend::Facts;
-use super::retrieval::{self, Passage, Retriever};
+use super::retrieval::{self, Built, Passage, Retriever};
 use super::stages::{self, Records};
 use super::training::{self, Trained};
 use super::{metrics, mix, stats, warnings, Config, Costs, Halt, Progress, Watch, RETENTION};
@@ -28,6 +28,7 @@ use crate::model::adapter::{self, hex, sha256, Adapter};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::generate::{Embedder, LanguageModel};
 use crate::model::weights::LoadOptions;
+use crate::retrieve::prompt::special_tokens;
 use crate::train::metrics::{peak_bytes, reset_peak};
 use crate::train::run;
 
@@ -60,10 +61,7 @@ pub(super) struct Retrieved {
     pub dev: Vec<Vec<Passage>>,
     pub train: Vec<Vec<Passage>>,
     pub seconds: f64,
-    pub index_s: f64,
-    pub index_bytes: u64,
-    pub documents: usize,
-    pub chunks: usize,
+    pub built: Built,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -79,6 +77,8 @@ struct Work<'a> {
     inputs: Inputs,
     /// The decoder, once something needs it.
     model: Option<LanguageModel>,
+    /// Its special tokens.
+    special: Vec<String>,
     /// The embedder and its index, once something needs them.
     retriever: Option<Retriever>,
 }
@@ -90,7 +90,7 @@ pub fn run(config: &Config, device: Arc<dyn Device>, watch: Watch) -> Result<Out
     fs::create_dir_all(&state).map_err(|cause| Error::io(&state, cause))?;
     watch(&Progress { stage: "preparing", done: 0, total: 0, what: "reading and hashing files".into() });
     let inputs = prepare(config)?;
-    let mut work = Work { config, device, watch, inputs, model: None, retriever: None };
+    let mut work = Work { config, device, watch, inputs, model: None, special: Vec::new(), retriever: None };
     work.all()
 }
 
@@ -128,11 +128,7 @@ fn prepare(config: &Config) -> Result<Inputs, Halt> {
             String::from_utf8(text).map_err(|_| Error::file(path, "is not UTF-8: convert it, such as with iconv"))?
         }
     };
-    let files = retrieval::files(&config.docs)?;
-    let mut docs = String::new();
-    for file in &files {
-        docs += &format!("{}  {}\n", stages::file_sha256(file)?, file.display());
-    }
+    let docs = retrieval::fingerprint(config)?;
     let hashes = json!({
         "model": adapter::model_sha256(&Checkpoint::open(&config.model)?)?,
         "embed_model": adapter::model_sha256(&Checkpoint::open(&config.embed_model)?)?,
@@ -229,10 +225,13 @@ impl Work<'_> {
         if self.retriever.is_none() {
             let embedder = Embedder::open(&self.config.embed_model, self.device.clone(), &LoadOptions::default())?;
             let watch = &mut self.watch;
-            let tell = &mut |done: usize, total: usize| {
-                watch(&Progress { stage: "indexing", done, total, what: "passages".into() })
+            let tell = &mut |done: usize, total: usize, chunks: usize| {
+                watch(&Progress { stage: "indexing", done, total, what: format!("bytes, {chunks} passages") })
             };
-            self.retriever = Some(Retriever::build(self.config, embedder, self.device.clone(), tell)?);
+            let hashes = &self.inputs.hashes;
+            // Documents alone decide what the index holds.
+            let key = stages::key(&json!({ "docs": hashes["docs"], "embed_model": hashes["embed_model"] }));
+            self.retriever = Some(Retriever::open(self.config, embedder, self.device.clone(), &key, tell)?);
         }
         self.retriever.as_ref().ok_or(Halt::Interrupted)
     }
@@ -249,9 +248,8 @@ impl Work<'_> {
         if let Some(found) = stages::load(&self.config.out, "retrieved", &key) {
             return Ok((key, found));
         }
-        let (k, begun) = (self.config.passages, Instant::now());
+        let k = self.config.passages;
         self.open_retriever()?;
-        let built_s = begun.elapsed().as_secs_f64();
         let retriever = self.retriever.as_ref().ok_or(Halt::Interrupted)?;
         let (inputs, watch) = (&self.inputs, &mut self.watch);
         let mut wanted = vec![false; inputs.train.len()];
@@ -267,13 +265,7 @@ impl Work<'_> {
                 false => Err(Halt::Interrupted),
             }
         };
-        let mut found = Retrieved {
-            index_s: retriever.built_s().unwrap_or(built_s),
-            index_bytes: retriever.bytes(),
-            documents: retriever.documents(),
-            chunks: retriever.chunks(),
-            ..Retrieved::default()
-        };
+        let mut found = Retrieved { built: retriever.built.clone(), ..Retrieved::default() };
         let (mut seconds, mut asked) = (0.0, 0);
         for (rows, into) in [(&inputs.questions, &mut found.questions), (&inputs.dev, &mut found.dev)] {
             for row in rows {
@@ -317,7 +309,9 @@ impl Work<'_> {
         if self.model.is_none() {
             self.tell("loading", 0, 0, &self.config.model.display().to_string())?;
             let options = LoadOptions { quant: self.config.quant, bf16: self.config.bf16, ..LoadOptions::default() };
-            self.model = Some(LanguageModel::open(&self.config.model, self.device.clone(), &options)?);
+            let model = LanguageModel::open(&self.config.model, self.device.clone(), &options)?;
+            self.special = special_tokens(&model.tokenizer);
+            self.model = Some(model);
         }
         Ok(())
     }
@@ -353,7 +347,16 @@ impl Work<'_> {
             let expected = form.expected(question).map_err(Error::Request)?;
             let instruction = config.instruction.as_deref();
             let max_tokens = config.max_tokens;
-            prompts.push(arms::prompt(model, question, &expected, &examples, &notes, instruction, max_tokens)?);
+            prompts.push(arms::prompt(
+                model,
+                &self.special,
+                question,
+                &expected,
+                &examples,
+                &notes,
+                instruction,
+                max_tokens,
+            )?);
         }
         Ok(prompts)
     }
@@ -468,6 +471,7 @@ impl Work<'_> {
             share,
             instruction: config.instruction.as_deref(),
             chat: model.chat_template.is_some(),
+            special: &self.special,
             seed: config.seed,
         };
         let rows = mix::lines(&inputs.train, &inputs.order, &retrieved.train, &inputs.form, &how)?;
@@ -573,13 +577,13 @@ impl Work<'_> {
             train_tokens: trained.clone().map(|t| t.tokens).sum(),
             train_peak_bytes: trained.clone().filter_map(|t| t.peak_bytes).max(),
             parameters: both.parameters,
-            index_s: retrieved.index_s,
-            documents: retrieved.documents,
-            chunks: retrieved.chunks,
+            index_s: retrieved.built.seconds,
+            documents: retrieved.built.documents,
+            chunks: retrieved.built.chunks,
             retrieve_s: retrieved.seconds,
             model_bytes: bytes(&config.model),
             adapter_bytes: trained.clone().map(|t| t.bytes).sum(),
-            index_bytes: retrieved.index_bytes,
+            index_bytes: retrieved.built.bytes,
             embedder_bytes: bytes(&config.embed_model),
         };
         let (warnings, leaked) =

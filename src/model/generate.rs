@@ -1,13 +1,14 @@
 //! Text in, text out: a decoder or an encoder with its tokenizer, and what people ask of them.
 
 use std::ops::ControlFlow;
-use std::path::Path;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use rayon::prelude::*;
 use serde::Deserialize;
 
+use super::adapter::{hex, model_sha256, sha256};
 use super::bert::Bert;
 use super::chat::{ChatTemplate, Message};
 use super::checkpoint::{Checkpoint, Source};
@@ -99,6 +100,8 @@ pub struct Embedder {
     pub tokenizer: Tokenizer,
     /// Longer sentences are cut to this many tokens.
     pub max_tokens: usize,
+    path: PathBuf,
+    hash: OnceLock<String>,
 }
 
 impl LanguageModel {
@@ -361,7 +364,19 @@ impl Embedder {
         let max_tokens = sentence.and_then(|config| config.max_seq_length).unwrap_or(SENTENCE_TOKENS);
         let max_tokens = max_tokens.min(checkpoint.config.max_positions);
         let tokenizer = Tokenizer::from_json_file(&path.join("tokenizer.json"))?;
-        Ok(Embedder { bert: Bert::load(device, &checkpoint, options)?, tokenizer, max_tokens })
+        let bert = Bert::load(device, &checkpoint, options)?;
+        Ok(Embedder { bert, tokenizer, max_tokens, path: path.to_path_buf(), hash: OnceLock::new() })
+    }
+
+    /// What tells this model from others that make other vectors of a text: SHA-256 in hexadecimal of its files and of
+    /// [`Embedder::max_tokens`]. The first call reads the files.
+    pub fn model_hash(&self) -> Result<&str, Error> {
+        if let Some(hash) = self.hash.get() {
+            return Ok(hash);
+        }
+        let files = model_sha256(&Checkpoint::open(&self.path)?)?;
+        let hash = hex(&sha256(format!("{files} {}", self.max_tokens).as_bytes()));
+        Ok(self.hash.get_or_init(|| hash))
     }
 
     /// Floats of one vector.

@@ -1,0 +1,359 @@
+//! `handmill index`: documents to search in.
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use clap::{Args, Subcommand};
+use handmill::error::quote;
+use handmill::retrieve::chunk::Chunking;
+use handmill::retrieve::files;
+use handmill::retrieve::index::{self, Index as Opened, Options, Progress, Report};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{json, Value};
+
+use super::{human_bytes, note, open_embedder, peak_bytes, print_json, Common, Interrupted, Usage};
+
+/// Files left out that are named one by one.
+const TOLD: usize = 20;
+
+/// Make and keep an index of documents, to search and ask
+///
+/// An index is a directory. It is written by one process at a time, read by any number, and whole at any moment: a
+/// run that is cut off is finished by running it again.
+#[derive(Args)]
+pub struct Index {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Build(Build),
+    Add(Add),
+    Remove(Remove),
+    Info(Info),
+    Compact(Compact),
+    Export(Export),
+}
+
+/// Index the files below folders, or bring their index up to date
+///
+/// Reads .txt .rst .md .html .pdf and .jsonl (rows with text, and title, path or id if they like). Only what changed
+/// since the last run is embedded; documents that are no longer there leave the index (`index add` keeps them).
+/// Hidden files and links are not followed. Ctrl-C keeps what is done. With --json: out, status, added, changed,
+/// unchanged, removed, chunks, skipped: [{path, reason}], other_files, seconds, chunks_per_s, device, peak_bytes.
+#[derive(Args)]
+struct Build {
+    #[command(flatten)]
+    files: Files,
+    /// The index, a directory
+    #[arg(long, value_name = "IDX")]
+    out: PathBuf,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// Add files to an index, or bring them up to date in it
+///
+/// As build, but documents that are not below these folders stay.
+#[derive(Args)]
+struct Add {
+    /// The index
+    #[arg(value_name = "IDX")]
+    index: PathBuf,
+    #[command(flatten)]
+    files: Files,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Args)]
+struct Files {
+    /// The embedding model, a Hugging Face directory
+    #[arg(long, value_name = "EMB")]
+    model: PathBuf,
+    /// Folders and files to index
+    #[arg(long, value_name = "PATH", required = true, num_args = 1..)]
+    docs: Vec<PathBuf>,
+    /// Tokens of a passage at most [default: 256, or what the model takes]
+    #[arg(long, value_name = "N")]
+    chunk_tokens: Option<usize>,
+    /// Put whole paragraphs together up to so many tokens [default: 64]
+    #[arg(long, value_name = "N")]
+    join: Option<usize>,
+    /// Tokens that passages cut out of one long paragraph share [default: 32]
+    #[arg(long, value_name = "N")]
+    overlap: Option<usize>,
+}
+
+/// Remove documents from an index
+///
+/// Their passages are gone at once; `index compact` gives their room back. With --json: documents, chunks.
+#[derive(Args)]
+struct Remove {
+    /// The index
+    #[arg(value_name = "IDX")]
+    index: PathBuf,
+    /// Paths as the index has them, folders, or globs
+    #[arg(value_name = "PATTERN", required = true)]
+    paths: Vec<String>,
+    /// Print JSON for scripts instead of text for people
+    #[arg(long)]
+    json: bool,
+}
+
+/// Show what an index holds
+///
+/// With --json: documents, chunks, d, bytes, model_hash, segments, dead_rows, chunking, and paths with --list.
+#[derive(Args)]
+struct Info {
+    /// The index
+    #[arg(value_name = "IDX")]
+    index: PathBuf,
+    /// List the documents
+    #[arg(long)]
+    list: bool,
+    /// Read everything and check it
+    #[arg(long)]
+    verify: bool,
+    /// Print JSON for scripts instead of text for people
+    #[arg(long)]
+    json: bool,
+}
+
+/// Write an index's vectors anew, without those of documents that are gone
+///
+/// With --json: bytes_before, bytes_after, dead_rows.
+#[derive(Args)]
+struct Compact {
+    /// The index
+    #[arg(value_name = "IDX")]
+    index: PathBuf,
+    /// Print JSON for scripts instead of text for people
+    #[arg(long)]
+    json: bool,
+}
+
+/// Write an index as files that other engines load
+///
+/// vectors.npy, f32[passages, d], unit rows; chunks.parquet, a row a vector: id, path, first_line, last_line, heading,
+/// text, document_sha256. With --json: out, chunks, d.
+#[derive(Args)]
+struct Export {
+    /// The index
+    #[arg(value_name = "IDX")]
+    index: PathBuf,
+    /// The directory to write
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Print JSON for scripts instead of text for people
+    #[arg(long)]
+    json: bool,
+}
+
+impl Index {
+    pub fn run(&self) -> Result<()> {
+        match &self.command {
+            Command::Build(build) => bring(&build.out, &build.files, &build.common, true),
+            Command::Add(add) => bring(&add.index, &add.files, &add.common, false),
+            Command::Remove(remove) => remove.run(),
+            Command::Info(info) => info.run(),
+            Command::Compact(compact) => compact.run(),
+            Command::Export(export) => export.run(),
+        }
+    }
+}
+
+impl Files {
+    /// What the flags ask for; what they leave open is the index's own, or the default.
+    fn chunking(&self, dir: &Path, most: usize) -> Result<Option<Chunking>> {
+        let Files { chunk_tokens, join, overlap, .. } = *self;
+        if (chunk_tokens, join, overlap) == (None, None, None) {
+            return Ok(None);
+        }
+        let default = Chunking::default();
+        let max_tokens = chunk_tokens.unwrap_or(default.max_tokens.min(most));
+        let new =
+            Chunking { max_tokens, join: default.join.min(max_tokens), overlap: default.overlap.min(max_tokens / 4) };
+        let base = if dir.join("index.sqlite").is_file() { Opened::open_any(dir)?.meta.chunking } else { new };
+        let chunking = Chunking {
+            max_tokens: chunk_tokens.unwrap_or(base.max_tokens),
+            join: join.unwrap_or(base.join),
+            overlap: overlap.unwrap_or(base.overlap),
+        };
+        chunking.check().map_err(|error| Usage(error.to_string()))?;
+        Ok(Some(chunking))
+    }
+}
+
+fn bring(dir: &Path, files: &Files, common: &Common, all: bool) -> Result<()> {
+    let device = common.open_device()?;
+    let embedder = open_embedder(&files.model, &device)?;
+    let options = Options { chunking: files.chunking(dir, embedder.max_tokens)? };
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = stop.clone();
+    ctrlc::set_handler(move || {
+        // A second one ends the process where it stands: the index is whole all the same.
+        if flag.swap(true, Ordering::SeqCst) {
+            std::process::exit(130);
+        }
+    })
+    .context("cannot listen for Ctrl-C")?;
+    let (bar, start) = (bar(), Instant::now());
+    let mut show = |progress: Progress| {
+        bar.set_length(progress.total);
+        bar.set_position(progress.bytes);
+        let rate = progress.chunks as f64 / start.elapsed().as_secs_f64().max(1e-9);
+        bar.set_message(format!("{} passages, {rate:.0}/s", progress.chunks));
+        !stop.load(Ordering::SeqCst)
+    };
+    let report = match all {
+        true => index::build(dir, &files.docs, &embedder, &options, &mut show),
+        false => index::add(dir, &files.docs, &embedder, &options, &mut show),
+    };
+    bar.finish_and_clear();
+    let report = report?;
+    let seconds = start.elapsed().as_secs_f64();
+    if common.json {
+        print_json(&report_json(dir, &report, seconds, device.id()))?;
+    } else {
+        tell(dir, &report, seconds)?;
+    }
+    match report.interrupted {
+        true => Err(Interrupted.into()),
+        false => Ok(()),
+    }
+}
+
+fn bar() -> ProgressBar {
+    let template = "{bar:30} {bytes} of {total_bytes}, {msg}, {eta} left";
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(0).with_style(style)
+}
+
+fn report_json(dir: &Path, report: &Report, seconds: f64, device: &str) -> Value {
+    let skipped = report.skipped.iter().map(|one| json!({"path": one.path, "reason": one.reason}));
+    json!({
+        "out": dir.display().to_string(),
+        "status": if report.interrupted { "interrupted" } else { "done" },
+        "added": report.added,
+        "changed": report.changed,
+        "unchanged": report.unchanged,
+        "removed": report.removed,
+        "chunks": report.chunks,
+        "skipped": skipped.collect::<Value>(),
+        "other_files": report.other,
+        "seconds": seconds,
+        "chunks_per_s": report.chunks as f64 / seconds.max(1e-9),
+        "device": device,
+        "peak_bytes": peak_bytes(),
+    })
+}
+
+fn tell(dir: &Path, report: &Report, seconds: f64) -> Result<()> {
+    files::tell(&report.skipped, TOLD).iter().for_each(|line| note(line));
+    if report.other > 0 {
+        note(&format!("left out: {} files of other kinds", report.other));
+    }
+    let Report { added, changed, unchanged, removed, chunks, .. } = report;
+    writeln!(
+        io::stdout(),
+        "{}: {added} documents added, {changed} changed, {removed} removed, {unchanged} as they were",
+        dir.display()
+    )?;
+    let rate = *chunks as f64 / seconds.max(1e-9);
+    note(&format!("{chunks} passages embedded in {seconds:.1} s, {rate:.1}/s"));
+    if report.interrupted {
+        note("interrupted: what is done is kept, run the command again to go on");
+    }
+    Ok(())
+}
+
+impl Remove {
+    fn run(&self) -> Result<()> {
+        let removed = index::remove(&self.index, &self.paths)?;
+        if self.json {
+            return print_json(&json!({"documents": removed.documents, "chunks": removed.chunks}));
+        }
+        writeln!(io::stdout(), "removed {} documents, {} passages", removed.documents, removed.chunks)?;
+        Ok(())
+    }
+}
+
+impl Info {
+    fn run(&self) -> Result<()> {
+        let index = Opened::open_any(&self.index)?;
+        if self.verify {
+            index.verify()?;
+        }
+        let info = index.info()?;
+        let paths = if self.list { index.documents()? } else { Vec::new() };
+        if self.json {
+            let mut object = json!({
+                "documents": info.documents,
+                "chunks": info.chunks,
+                "d": info.d,
+                "bytes": info.bytes,
+                "model_hash": info.model_hash,
+                "segments": info.segments,
+                "dead_rows": info.dead_rows,
+                "chunking": info.chunking,
+            });
+            if self.list {
+                object["paths"] = json!(paths);
+            }
+            return print_json(&object);
+        }
+        let mut out = io::stdout();
+        for path in &paths {
+            writeln!(out, "{}", quote(path))?;
+        }
+        let chunking = info.chunking;
+        writeln!(out, "documents   {}", info.documents)?;
+        writeln!(out, "passages    {} of {} numbers each", info.chunks, info.d)?;
+        writeln!(out, "size        {}", human_bytes(info.bytes))?;
+        let packed = if info.dead_rows > 0 { ": `handmill index compact` drops them" } else { "" };
+        writeln!(out, "segments    {} with {} rows no longer used{packed}", info.segments, info.dead_rows)?;
+        writeln!(
+            out,
+            "passages of {} tokens at most, paragraphs joined to {}, overlap {}",
+            chunking.max_tokens, chunking.join, chunking.overlap
+        )?;
+        writeln!(out, "model       sha256 {}", info.model_hash)?;
+        if self.verify {
+            writeln!(out, "everything was read and is as it was written")?;
+        }
+        Ok(())
+    }
+}
+
+impl Compact {
+    fn run(&self) -> Result<()> {
+        let done = index::compact(&self.index)?;
+        let (before, after) = (done.bytes_before, done.bytes_after);
+        if self.json {
+            return print_json(&json!({"bytes_before": before, "bytes_after": after, "dead_rows": done.dead_rows}));
+        }
+        let (before, after) = (human_bytes(before), human_bytes(after));
+        writeln!(io::stdout(), "{before} before, {after} now; {} unused rows dropped", done.dead_rows)?;
+        Ok(())
+    }
+}
+
+impl Export {
+    fn run(&self) -> Result<()> {
+        let index = Opened::open_any(&self.index)?;
+        let chunks = index.export(&self.out)?;
+        if self.json {
+            let out = self.out.display().to_string();
+            return print_json(&json!({"out": out, "chunks": chunks, "d": index.meta.d}));
+        }
+        let out = self.out.display();
+        writeln!(io::stdout(), "{out}: vectors.npy f32[{chunks}, {}], chunks.parquet", index.meta.d)?;
+        Ok(())
+    }
+}
