@@ -15,6 +15,7 @@
 
 pub mod arms;
 pub mod form;
+mod inputs;
 pub mod metrics;
 pub mod mix;
 pub mod outcome;

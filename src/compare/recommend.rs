@@ -68,7 +68,7 @@ pub fn duration(seconds: f64) -> String {
     match seconds {
         s if s < 0.9995 => format!("{:.0} ms", 1e3 * s),
         s if s < 59.95 => format!("{s:.1} s"),
-        s if s < 3600.0 => format!("{:.0} min {:02.0} s", (s / 60.0).floor(), (s % 60.0).floor()),
+        s if s < 3599.5 => format!("{} min {:02} s", s.round() as u64 / 60, s.round() as u64 % 60),
         s => format!("{:.1} h", s / 3600.0),
     }
 }
@@ -276,5 +276,81 @@ impl Facts<'_> {
             "Not measured: other models, other seeds of the training, other documents, and people's judgement.".into(),
         );
         list
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::outcome::{pairs, summary, Score};
+    use super::super::stats::Interval;
+    use super::*;
+
+    /// Four arms of which the first `right[i]` of n answers are right and in form.
+    fn arms(n: usize, right: [usize; 4]) -> Vec<ArmOutcome> {
+        let score = |right: bool| Score {
+            exact_match: f64::from(right),
+            f1: f64::from(right),
+            answer_present: f64::from(right),
+            form: Some(f64::from(right)),
+            fields: None,
+            strict: f64::from(right),
+            answer_nll: 1.0,
+            reply_nll: 1.0,
+        };
+        let groups: Vec<usize> = (0..n).collect();
+        let arm = |(arm, right): (Arm, usize)| {
+            let scores: Vec<Score> = (0..n).map(|i| score(i < right)).collect();
+            let all = summary(&scores, &groups, |_| true, 1);
+            let kinds = vec![all.clone()];
+            ArmOutcome { arm, shots: 0, answers: vec![], scores, all, kinds, peak_bytes: None, retrieve_s: 0.0 }
+        };
+        Arm::ALL.into_iter().zip(right).map(arm).collect()
+    }
+
+    fn advice(n: usize, right: [usize; 4], kept: bool, leaked: usize) -> Recommendation {
+        let arms = arms(n, right);
+        let groups: Vec<usize> = (0..n).collect();
+        let pairs = pairs(&arms, &groups, 1);
+        let delta = Interval { mean: 0.02, low: 0.01, high: 0.03 };
+        let forgetting = Forgetting { text: "bundled".into(), tokens: 900, base_nll: 3.0, lora_nll: 3.02, delta };
+        let (hits, costs) = (HitRate { n, k: 3, at_1: 0.8, at_k: 0.9 }, Costs::default());
+        Facts { arms: &arms, pairs: &pairs, hits, forgetting: &forgetting, kept, costs: &costs, leaked }.recommend()
+    }
+
+    #[test]
+    fn the_simplest_arm_that_is_not_worse_than_the_best_is_taken() {
+        // base, LoRA, RAG, both
+        assert_eq!(advice(100, [2, 5, 10, 85], true, 0).choice, Some(Arm::LoraRag));
+        assert_eq!(advice(100, [2, 5, 84, 85], true, 0).choice, Some(Arm::Rag));
+        assert_eq!(advice(100, [2, 85, 20, 86], true, 0).choice, Some(Arm::Lora));
+        let both = advice(100, [2, 5, 84, 85], true, 0);
+        assert!(both.sentence.contains("may be chance"), "{}", both.sentence);
+    }
+
+    #[test]
+    fn nothing_is_claimed_that_was_not_measured() {
+        let few = advice(20, [0, 0, 0, 20], true, 0);
+        assert_eq!(few.choice, None);
+        assert!(few.sentence.contains("too few"), "{}", few.sentence);
+        let same = advice(100, [50, 51, 52, 51], true, 0);
+        assert_eq!(same.choice, Some(Arm::Base));
+        assert!(same.sentence.contains("nothing is measurably better"), "{}", same.sentence);
+        assert!(same.reasons.iter().any(|reason| reason.contains("cannot be told")), "{:?}", same.reasons);
+        let leaked = advice(100, [2, 5, 10, 85], true, 7);
+        assert!(leaked.sentence.contains("7 of the questions are asked in the training rows"), "{}", leaked.sentence);
+    }
+
+    #[test]
+    fn an_adapter_beyond_the_gate_is_not_recommended() {
+        let closed = advice(100, [2, 90, 60, 95], false, 0);
+        assert_eq!(closed.choice, Some(Arm::Rag));
+        assert!(closed.sentence.contains("limit on forgetting"), "{}", closed.sentence);
+        assert_eq!(advice(100, [2, 90, 3, 95], false, 0).choice, Some(Arm::Base));
+    }
+
+    #[test]
+    fn durations_are_in_the_unit_a_person_reads() {
+        let said = [0.0123, 0.9999, 59.96, 61.0, 3600.0].map(duration);
+        assert_eq!(said, ["12 ms", "1.0 s", "1 min 00 s", "1 min 01 s", "1.0 h"]);
     }
 }

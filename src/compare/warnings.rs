@@ -2,12 +2,13 @@
 
 use std::collections::{HashMap, HashSet};
 
+use super::inputs::Inputs;
 use super::metrics;
 use super::outcome::{ArmOutcome, Forgetting, HitRate, Pair};
 use super::questions::TrainRow;
 use super::recommend::{percent, FEW, LEVEL};
 use super::training::Trained;
-use super::work::{Inputs, Retrieved};
+use super::work::Retrieved;
 use super::Config;
 use crate::device::Device;
 

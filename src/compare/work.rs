@@ -6,26 +6,22 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use rand::seq::SliceRandom;
-use rand::SeedableRng;
-use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::{json, Value};
 
 use super::arms::{self, Answered, Arm, Prompt};
-use super::form::Form;
+use super::inputs::{self, Inputs};
 use super::outcome::{self, ArmOutcome, Forgetting, HitRate, Outcome, Variant};
 use super::prompt::Example;
-use super::questions::{self, Question, TrainRow};
+use super::questions::{Question, TrainRow};
 use super::recommend::Facts;
-use super::retrieval::{self, Built, Passage, Retriever};
+use super::retrieval::{Built, Passage, Retriever};
 use super::stages::{self, Records};
 use super::training::{self, Trained};
-use super::{metrics, mix, stats, warnings, Config, Costs, Halt, Progress, Watch, RETENTION};
+use super::{metrics, mix, stats, warnings, Config, Costs, Halt, Progress, Watch};
 use crate::device::Device;
 use crate::error::Error;
-use crate::model::adapter::{self, hex, sha256, Adapter};
-use crate::model::checkpoint::Checkpoint;
+use crate::model::adapter::Adapter;
 use crate::model::generate::{Embedder, LanguageModel};
 use crate::model::weights::LoadOptions;
 use crate::retrieve::prompt::special_tokens;
@@ -37,23 +33,6 @@ const RETENTION_TOKENS: usize = 4096;
 const WINDOW: usize = 512;
 /// Tokens of a stretch of it: they are drawn together.
 const STRETCH: usize = 32;
-/// Training rows of ten that are kept from training at most, for development questions.
-const DEV_TENTHS: usize = 2;
-
-/// What was read and checked before any work.
-pub(super) struct Inputs {
-    pub questions: Vec<Question>,
-    pub train: Vec<TrainRow>,
-    pub dev: Vec<Question>,
-    /// Places in `train` of the examples of the few-shot prompt.
-    pub shots: Vec<usize>,
-    /// Places in `train`, in the order in which they are trained on.
-    pub order: Vec<usize>,
-    pub form: Form,
-    pub retention: String,
-    /// Hashes of the files.
-    pub hashes: Value,
-}
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Retrieved {
@@ -62,6 +41,12 @@ pub(super) struct Retrieved {
     pub train: Vec<Vec<Passage>>,
     pub seconds: f64,
     pub built: Built,
+}
+
+/// What passages depend on, and beside it what training rows and examples do.
+struct Keys {
+    passages: String,
+    rows: String,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -89,92 +74,9 @@ pub fn run(config: &Config, device: Arc<dyn Device>, watch: Watch) -> Result<Out
     let state = config.out.join("state");
     fs::create_dir_all(&state).map_err(|cause| Error::io(&state, cause))?;
     watch(&Progress { stage: "preparing", done: 0, total: 0, what: "reading and hashing files".into() });
-    let inputs = prepare(config)?;
+    let inputs = inputs::prepare(config)?;
     let mut work = Work { config, device, watch, inputs, model: None, special: Vec::new(), retriever: None };
     work.all()
-}
-
-/// Reads and checks every file.
-fn prepare(config: &Config) -> Result<Inputs, Halt> {
-    let form = Form::new(config.format.as_deref(), config.format_regex.as_deref())?;
-    let all = questions::read_questions(&config.questions)?;
-    let mut train = questions::read_train(&config.train)?;
-    let questions = draw(all, config.limit, config.seed);
-    let mut rng = ChaCha8Rng::seed_from_u64(config.seed);
-    rng.set_stream(2);
-    let dev = match &config.dev {
-        Some(path) => draw(questions::read_questions(path)?, Some(config.dev_questions), config.seed),
-        None => cut(&mut train, config.dev_questions, &mut rng),
-    };
-    for (path, rows) in [(&config.questions, &questions), (config.dev.as_ref().unwrap_or(&config.train), &dev)] {
-        for row in rows {
-            form.expected(row).map_err(|what| Error::file(path, format!("#{} {what}", row.line)))?;
-        }
-    }
-    for row in &train {
-        if let TrainRow::Asked(row) = row {
-            form.expected(row).map_err(|what| Error::file(&config.train, format!("#{} {what}", row.line)))?;
-        }
-    }
-    let asked = |row: &TrainRow| matches!(row, TrainRow::Asked(question) if question.context.is_empty());
-    let mut shots: Vec<usize> = (0..train.len()).filter(|&i| asked(&train[i])).collect();
-    shots.shuffle(&mut rng);
-    shots.truncate(if dev.is_empty() { 0 } else { config.shots });
-    let order = mix::order(train.len(), config.recipe.steps * config.recipe.rows, config.seed);
-    let retention = match &config.retention {
-        None => RETENTION.to_string(),
-        Some(path) => {
-            let text = fs::read(path).map_err(|cause| Error::io(path, cause))?;
-            String::from_utf8(text).map_err(|_| Error::file(path, "is not UTF-8: convert it, such as with iconv"))?
-        }
-    };
-    let docs = retrieval::fingerprint(config)?;
-    let hashes = json!({
-        "model": adapter::model_sha256(&Checkpoint::open(&config.model)?)?,
-        "embed_model": adapter::model_sha256(&Checkpoint::open(&config.embed_model)?)?,
-        "train": stages::file_sha256(&config.train)?,
-        "questions": stages::file_sha256(&config.questions)?,
-        "dev": config.dev.as_ref().map(|path| stages::file_sha256(path)).transpose()?,
-        "docs": hex(&sha256(docs.as_bytes())),
-        "retention": hex(&sha256(retention.as_bytes())),
-    });
-    Ok(Inputs { questions, train, dev, shots, order, form, retention, hashes })
-}
-
-/// At most `limit` questions, drawn in turn from every kind, in the order of the file.
-fn draw(mut all: Vec<Question>, limit: Option<usize>, seed: u64) -> Vec<Question> {
-    let Some(limit) = limit.filter(|&limit| limit < all.len()) else { return all };
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    rng.set_stream(3);
-    all.shuffle(&mut rng);
-    let mut taken = std::collections::HashMap::new();
-    let mut ranked: Vec<(usize, Question)> = Vec::with_capacity(all.len());
-    for question in all {
-        let rank = taken.entry(question.kind.clone()).or_insert(0);
-        ranked.push((*rank, question));
-        *rank += 1;
-    }
-    ranked.sort_by_key(|(rank, _)| *rank);
-    ranked.truncate(limit);
-    let mut drawn: Vec<Question> = ranked.into_iter().map(|(_, question)| question).collect();
-    drawn.sort_by_key(|question| question.line);
-    drawn
-}
-
-/// Takes development questions out of the training rows.
-fn cut(train: &mut Vec<TrainRow>, count: usize, rng: &mut ChaCha8Rng) -> Vec<Question> {
-    let mut places: Vec<usize> = (0..train.len()).filter(|&i| matches!(train[i], TrainRow::Asked(_))).collect();
-    places.shuffle(rng);
-    places.truncate(count.min(train.len() * DEV_TENTHS / 10));
-    places.sort_unstable();
-    let mut dev = Vec::with_capacity(places.len());
-    for &place in places.iter().rev() {
-        if let TrainRow::Asked(question) = train.remove(place) {
-            dev.push(*question);
-        }
-    }
-    dev.reverse();
-    dev
 }
 
 impl Work<'_> {
@@ -194,17 +96,17 @@ impl Work<'_> {
     }
 
     fn all(&mut self) -> Result<Outcome, Halt> {
-        let (retrieved_key, retrieved) = self.retrieve()?;
-        let variants = self.choose(&retrieved_key, &retrieved)?;
+        let (keys, retrieved) = self.retrieve()?;
+        let variants = self.choose(&keys, &retrieved)?;
         let shots = |arm: Arm| variants.iter().find(|v| v.arm == arm && v.chosen).map_or(0, |v| v.shots);
         let mut arms: Vec<(Arm, Vec<Answered>, Option<u64>)> = Vec::new();
         for arm in [Arm::Base, Arm::Rag] {
-            arms.push(self.arm(arm, shots(arm), None, &retrieved_key, &retrieved)?);
+            arms.push(self.arm(arm, shots(arm), None, &keys, &retrieved)?);
         }
         let share = if self.config.separate { 1.0 } else { self.config.context_share };
-        let both = self.train("adapter", share, &retrieved_key, &retrieved)?;
+        let both = self.train("adapter", share, &keys, &retrieved)?;
         let bare = match self.config.separate {
-            true => Some(self.train("adapter-bare", 0.0, &retrieved_key, &retrieved)?),
+            true => Some(self.train("adapter-bare", 0.0, &keys, &retrieved)?),
             false => None,
         };
         for arm in [Arm::Lora, Arm::LoraRag] {
@@ -212,7 +114,7 @@ impl Work<'_> {
                 Some(bare) if arm == Arm::Lora => ("adapter-bare", bare),
                 _ => ("adapter", &both),
             };
-            arms.push(self.arm(arm, 0, Some((name, trained)), &retrieved_key, &retrieved)?);
+            arms.push(self.arm(arm, 0, Some((name, trained)), &keys, &retrieved)?);
         }
         arms.sort_by_key(|arm| arm.0 as usize);
         let forgetting = self.forgetting(&both, bare.as_ref())?;
@@ -236,19 +138,20 @@ impl Work<'_> {
         self.retriever.as_ref().ok_or(Halt::Interrupted)
     }
 
-    /// Passages for questions, development questions and training rows, with the key they are kept under.
-    fn retrieve(&mut self) -> Result<(String, Retrieved), Halt> {
-        let hashes = &self.inputs.hashes;
-        let inputs = json!({ "docs": hashes["docs"], "embed_model": hashes["embed_model"],
-            "train": hashes["train"], "questions": hashes["questions"], "dev": hashes["dev"],
-            "k": self.config.passages, "limit": self.config.limit, "dev_questions": self.config.dev_questions,
-            "shots": self.config.shots, "rows": self.inputs.order.len(), "seed": self.config.seed,
-            "device": self.device.id() });
-        let key = stages::key(&inputs);
+    /// Passages for questions, development questions and training rows.
+    fn retrieve(&mut self) -> Result<(Keys, Retrieved), Halt> {
+        let (hashes, config) = (&self.inputs.hashes, self.config);
+        let passages = stages::key(&json!({ "docs": hashes["docs"], "embed_model": hashes["embed_model"],
+            "k": config.passages, "device": self.device.id() }));
+        let rows = stages::key(&json!({ "passages": passages, "train": hashes["train"],
+            "dev": hashes["dev"], "dev_questions": config.dev_questions, "shots": config.shots,
+            "rows": self.inputs.order.len(), "seed": config.seed }));
+        let key = stages::key(&json!({ "rows": rows, "questions": hashes["questions"], "limit": config.limit }));
+        let keys = Keys { passages, rows };
         if let Some(found) = stages::load(&self.config.out, "retrieved", &key) {
-            return Ok((key, found));
+            return Ok((keys, found));
         }
-        let k = self.config.passages;
+        let k = config.passages;
         self.open_retriever()?;
         let retriever = self.retriever.as_ref().ok_or(Halt::Interrupted)?;
         let (inputs, watch) = (&self.inputs, &mut self.watch);
@@ -301,7 +204,7 @@ impl Work<'_> {
             tell(chunk.len())?;
         }
         stages::save(&self.config.out, "retrieved", &key, &found)?;
-        Ok((key, found))
+        Ok((keys, found))
     }
 
     /// Opens the decoder, without an adapter.
@@ -362,7 +265,7 @@ impl Work<'_> {
     }
 
     /// Tries prompts without and with examples on the development questions, for base and rag.
-    fn choose(&mut self, retrieved_key: &str, retrieved: &Retrieved) -> Result<Vec<Variant>, Halt> {
+    fn choose(&mut self, keys: &Keys, retrieved: &Retrieved) -> Result<Vec<Variant>, Halt> {
         let dev = self.inputs.dev.clone();
         let few = self.inputs.shots.len();
         let mut variants: Vec<Variant> = Vec::new();
@@ -373,7 +276,7 @@ impl Work<'_> {
         for arm in [Arm::Base, Arm::Rag] {
             for shots in [0, few] {
                 let name = format!("dev-{}-{shots}", arm.key());
-                let key = json!({ "basis": self.basis(), "retrieved": retrieved_key, "shots": shots,
+                let key = json!({ "basis": self.basis(), "rows": keys.rows, "shots": shots,
                     "max_tokens": self.config.max_tokens });
                 let mut records = Records::<Answered>::open(&self.config.out, &name, &stages::key(&key))?;
                 if records.done.len() < dev.len() {
@@ -413,14 +316,14 @@ impl Work<'_> {
         arm: Arm,
         shots: usize,
         adapter: Option<(&str, &Trained)>,
-        retrieved_key: &str,
+        keys: &Keys,
         retrieved: &Retrieved,
     ) -> Result<(Arm, Vec<Answered>, Option<u64>), Halt> {
         let hashes = &self.inputs.hashes;
         let key = stages::key(&json!({ "basis": self.basis(), "questions": hashes["questions"],
             "limit": self.config.limit, "seed": self.config.seed, "shots": shots,
-            "examples": if shots > 0 { json!(retrieved_key) } else { Value::Null },
-            "retrieved": if arm.retrieves() { json!(retrieved_key) } else { Value::Null },
+            "examples": if shots > 0 { json!(keys.rows) } else { Value::Null },
+            "retrieved": if arm.retrieves() { json!(keys.passages) } else { Value::Null },
             "max_tokens": self.config.max_tokens, "adapter": adapter.map(|(_, trained)| &trained.sha256) }));
         let name = format!("answers-{}", arm.key());
         let mut records = Records::<Answered>::open(&self.config.out, &name, &key)?;
@@ -456,10 +359,10 @@ impl Work<'_> {
     }
 
     /// The adapter in `name`, trained with passages in this share of its rows.
-    fn train(&mut self, name: &str, share: f64, retrieved_key: &str, retrieved: &Retrieved) -> Result<Trained, Halt> {
+    fn train(&mut self, name: &str, share: f64, keys: &Keys, retrieved: &Retrieved) -> Result<Trained, Halt> {
         let config = self.config;
         let key = stages::key(&json!({ "basis": self.basis(), "train": self.inputs.hashes["train"],
-            "retrieved": retrieved_key, "share": share, "recipe": config.recipe, "seed": config.seed }));
+            "rows": keys.rows, "share": share, "recipe": config.recipe, "seed": config.seed }));
         if let Some(found) = training::found(config, name, &key) {
             return Ok(found);
         }
