@@ -130,7 +130,7 @@ impl Place {
     fn fails(&self, more: &[&str]) -> String {
         let (code, stdout, stderr) = self.ends("failed", more);
         assert!(code == 1 || code == 2, "{code} {stdout} {stderr}");
-        let error = stderr.split("error: ").last().unwrap_or_default().to_string();
+        let error = stderr.split_once("error: ").map_or(String::new(), |(_, error)| error.to_string());
         assert!(!error.is_empty() && stdout.is_empty(), "{stderr}");
         error
     }

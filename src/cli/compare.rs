@@ -126,7 +126,7 @@ pub struct Compare {
     #[arg(long, value_name = "FILE")]
     retention: Option<PathBuf>,
     /// The most its loss may rise, in nats a token; beyond it the exit code is 1
-    #[arg(long, value_name = "NATS")]
+    #[arg(long, value_name = "NATS", allow_negative_numbers = true)]
     max_forgetting: Option<f64>,
     /// Seeds the adapter, the order of rows and every draw
     #[arg(long, default_value_t = 0)]

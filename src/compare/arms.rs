@@ -156,8 +156,11 @@ pub fn answer(
             true => reply_nll[..prompt.answer.len()].to_vec(),
             false => nll(model, &mut session, &prompt.ids, &prompt.answer)?,
         };
+        // A model may have logits for ids that its tokenizer does not know: they are no text.
+        let mut known = made.ids.clone();
+        known.retain(|&id| model.tokenizer.token(id).is_some());
         records.push(Answered {
-            reply: model.tokenizer.decode(&made.ids, true)?.trim().to_string(),
+            reply: model.tokenizer.decode(&known, true)?.trim().to_string(),
             ended: matches!(made.ending, Ending::Stop(_)),
             prompt_tokens: prompt.ids.len(),
             tokens: made.ids.len(),

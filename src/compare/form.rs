@@ -41,7 +41,10 @@ impl Form {
         let anchored = |text: &str| Regex::new(&format!("^(?s:{text})$"));
         let regex = regex.map(|text| {
             Regex::new(text).and_then(|_| anchored(text)).map_err(|error| {
-                wrong(format!("--format-regex does not parse: {}", quote(&error.to_string().replace('\n', " "))))
+                // The last line says what is wrong, those before it draw where.
+                let said = error.to_string();
+                let said = said.lines().last().unwrap_or_default().trim_start_matches("error: ");
+                wrong(format!("--format-regex does not parse: {}", quote(said)))
             })
         });
         Ok(Form { template: template.map(str::to_string), regex: regex.transpose()? })

@@ -122,7 +122,7 @@ mod tests {
 
     #[test]
     fn a_share_of_the_rows_has_passages() {
-        let question = |i: usize| Question { question: format!("q{i}"), answer: format!("x{i}"), ..Default::default() };
+        let question = |i: usize| Question::parse(&format!(r#"{{"question":"q{i}","answer":"x{i}"}}"#)).unwrap();
         let rows: Vec<TrainRow> = (0..8).map(|i| TrainRow::Asked(Box::new(question(i)))).collect();
         let passage =
             |text: String| Passage { score: 0.5, path: "p".into(), lines: (1, 1), heading: String::new(), text };

@@ -124,7 +124,7 @@ impl Retriever {
         if built.chunks == 0 {
             return Err(Error::file(&dir, "no passage came of the documents: are they empty?").into());
         }
-        stages::save(&config.out, "index", key, &built)?;
+        let built = stages::save(&config.out, "index", key, &built)?;
         Ok(Retriever { device, embedder, index, built })
     }
 

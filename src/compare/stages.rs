@@ -38,11 +38,13 @@ pub fn load<T: DeserializeOwned>(dir: &Path, name: &str, key: &str) -> Option<T>
     (found["key"] == key).then(|| serde_json::from_value(found["value"].take()).ok()).flatten()
 }
 
-/// Keeps what the stage `name` came to.
-pub fn save<T: Serialize>(dir: &Path, name: &str, key: &str, value: &T) -> Result<(), Error> {
-    let path = path(dir, name, "json");
-    let text = serde_json::to_string(&json!({ "key": key, "value": value })).map_err(|e| Error::json(&path, &e))?;
-    aside::write(&path, text.as_bytes())
+/// Keeps what the stage `name` came to, and gives it as [`load`] will: text may change a number's last bit, and a run
+/// that goes on is to come to the same as one that was never cut off.
+pub fn save<T: Serialize + DeserializeOwned>(dir: &Path, name: &str, key: &str, value: &T) -> Result<T, Error> {
+    let file = path(dir, name, "json");
+    let text = serde_json::to_string(&json!({ "key": key, "value": value })).map_err(|e| Error::json(&file, &e))?;
+    aside::write(&file, text.as_bytes())?;
+    load(dir, name, key).ok_or_else(|| Error::file(&file, "is not what was written to it: is the disk in order?"))
 }
 
 fn path(dir: &Path, name: &str, extension: &str) -> PathBuf {
@@ -80,12 +82,12 @@ impl<T: Serialize + DeserializeOwned> Records<T> {
         Ok(Records { path, file, done })
     }
 
-    /// Appends a record.
+    /// Appends a record, which is kept as it will be read: text may change a number's last bit.
     pub fn push(&mut self, record: T) -> Result<(), Error> {
         let mut line = serde_json::to_vec(&record).map_err(|error| Error::json(&self.path, &error))?;
+        self.done.push(serde_json::from_slice(&line).map_err(|error| Error::json(&self.path, &error))?);
         line.push(b'\n');
         self.file.write_all(&line).map_err(|cause| Error::io(&self.path, cause))?;
-        self.done.push(record);
         Ok(())
     }
 }

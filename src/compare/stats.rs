@@ -112,7 +112,8 @@ mod tests {
         let values: Vec<f64> = (0..200).map(|i| f64::from(i % 4 == 0)).collect();
         let first = bootstrap(&values, &each(200), 7);
         assert_eq!(first, bootstrap(&values, &each(200), 7));
-        assert_ne!(first, bootstrap(&values, &each(200), 8));
+        let smooth: Vec<f64> = (0..50).map(|i| f64::from(i).sqrt()).collect();
+        assert_ne!(bootstrap(&smooth, &each(50), 7), bootstrap(&smooth, &each(50), 8));
         assert_eq!(first.mean, 0.25);
         // 1.96·sqrt(p(1-p)/n) = 0.060; 2000 draws place a 2.5 % quantile within about 0.15 of that.
         let half = 1.96 * (0.25f64 * 0.75 / 200.0).sqrt();

@@ -128,7 +128,7 @@ pub fn train(
         truncated: set.notes.truncated_count,
         peak_bytes: metrics::peak_bytes(),
     };
-    stages::save(&config.out, name, key, &trained)?;
+    let trained = stages::save(&config.out, name, key, &trained)?;
     Ok((LanguageModel { llama, tokenizer, chat_template }, trained))
 }
 

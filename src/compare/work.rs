@@ -203,7 +203,7 @@ impl Work<'_> {
             }
             tell(chunk.len())?;
         }
-        stages::save(&self.config.out, "retrieved", &key, &found)?;
+        let found = stages::save(&self.config.out, "retrieved", &key, &found)?;
         Ok((keys, found))
     }
 
@@ -417,9 +417,7 @@ impl Work<'_> {
                     model.llama.detach();
                     adapted.push(found?);
                 }
-                let found = Retention { base, adapted };
-                stages::save(&self.config.out, "retention", &key, &found)?;
-                found
+                stages::save(&self.config.out, "retention", &key, &Retention { base, adapted })?
             }
         };
         let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len().max(1) as f64;

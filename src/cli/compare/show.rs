@@ -32,7 +32,8 @@ impl Display {
         let Progress { stage, done, total, what } = progress;
         // Answers are a stage an arm: their number begins anew.
         let name = if *stage == "answering" { format!("{stage} {what}") } else { stage.to_string() };
-        if name != self.stage {
+        let new = name != self.stage;
+        if new {
             self.finish();
             self.stage = name;
             self.since = Some((Instant::now(), done.saturating_sub(1)));
@@ -54,15 +55,17 @@ impl Display {
             return;
         }
         if *total == 0 {
-            note(&format!("{stage}: {what}"));
+            if new {
+                note(&format!("{stage}: {what}"));
+            }
             return;
         }
         let fifth = 5 * done / total;
-        if let Some((since, begun)) = self.since.filter(|_| fifth > self.told || *done <= 1 && self.told == 0) {
+        if let Some((since, begun)) = self.since.filter(|_| fifth > self.told || new) {
             self.told = fifth.max(self.told);
             let rate = since.elapsed().as_secs_f64() / done.saturating_sub(begun).max(1) as f64;
             let left = rate * (total - done) as f64;
-            let left = if *done == 0 { String::new() } else { format!(", {} left", duration(left)) };
+            let left = if new { String::new() } else { format!(", {} left", duration(left)) };
             note(&format!("{stage}: {done} of {total} {what}{left}"));
         }
     }
