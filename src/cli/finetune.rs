@@ -14,16 +14,15 @@ use handmill::model::adapter::{self, Adapter, LoraConfig, TARGETS};
 use handmill::model::checkpoint::Checkpoint;
 use handmill::model::generate::LanguageModel;
 use handmill::model::weights::LoadOptions;
-use handmill::ops::adamw::Settings;
 use handmill::quant::Format;
-use handmill::train::backward::Passes;
-use handmill::train::checkpoint::{self, State};
+use handmill::train::begin::{begin, Tuning};
+use handmill::train::checkpoint;
 use handmill::train::data::{self, DataOptions, Encoder, OverLong};
-use handmill::train::optimizer::{Optimizer, Schedule};
-use handmill::train::parameters::{self, Parameters};
+use handmill::train::optimizer::Schedule;
+use handmill::train::parameters;
 use handmill::train::prepared::TokenSet;
 use handmill::train::run::{self, Ending};
-use handmill::train::step::{Plan, Trainer};
+use handmill::train::step::Plan;
 use serde_json::{json, Map, Value};
 
 use self::show::{show_profile, Display};
@@ -193,34 +192,17 @@ impl Finetune {
             }
             None => run::clear(&self.out, self.restart)?,
         }
-        let Job { mut model, train, held_out, plan, options, .. } = job;
-        let adapter = found.as_ref().map_or(&job.adapter, |found| &found.adapter);
-        let mut adapter = adapter.clone();
-        adapter.config = job.adapter.config.clone();
-        let parameters = Parameters::new(&mut model.llama, &adapter)?;
-        let state = match &found {
-            None => State::new(options.settings.clone()),
-            Some(found) => {
-                found.restore(&*device, &parameters)?;
-                note(&format!("going on after step {} of {}", found.state.step, options.steps));
-                let mut state = found.state.clone();
-                state.settings = options.settings.clone();
-                state
-            }
-        };
-        let dropout = self.dropout > 0.0;
-        let passes = Passes::new(&model.llama, &parameters, plan.pass_tokens, plan.longest, plan.kept_layers, dropout)?;
-        let settings =
-            Settings { beta1: 0.9, beta2: 0.999, eps: 1e-8, decay: self.weight_decay, max_norm: self.grad_clip };
-        let mut trainer = Trainer {
-            optimizer: Optimizer::new(device.clone(), settings, parameters.len)?,
-            llama: model.llama,
-            parameters,
-            passes,
+        let Job { model, train, held_out, adapter, plan, options, .. } = job;
+        let tuning = Tuning {
             dropout: self.dropout,
             seed: self.seed,
-            pass_tokens: plan.pass_tokens,
+            weight_decay: self.weight_decay,
+            grad_clip: self.grad_clip,
         };
+        let (mut trainer, state) = begin(model.llama, &adapter, found.as_ref(), &plan, tuning, &options.settings)?;
+        if found.is_some() {
+            note(&format!("going on after step {} of {}", state.step, options.steps));
+        }
         if let Some(profiled) = &profiled {
             profiled.take(); // loading is not training
         }

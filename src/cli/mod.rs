@@ -2,6 +2,7 @@
 
 mod adapter;
 mod ask;
+mod compare;
 mod doctor;
 mod embed;
 mod eval;
@@ -54,6 +55,7 @@ enum Command {
     Quantize(quantize::Quantize),
     Finetune(Box<finetune::Finetune>),
     Adapter(adapter::Adapter),
+    Compare(Box<compare::Compare>),
     Index(index::Index),
     Search(Box<search::Search>),
     Ask(Box<ask::Ask>),
@@ -109,6 +111,7 @@ pub fn main() -> ExitCode {
         Command::Quantize(command) => command.run(),
         Command::Finetune(command) => command.run(),
         Command::Adapter(command) => command.run(),
+        Command::Compare(command) => command.run(),
         Command::Index(command) => command.run(),
         Command::Search(command) => command.run(),
         Command::Ask(command) => command.run(),

@@ -260,7 +260,7 @@ fn rate(count: usize, seconds: f64) -> f64 {
 }
 
 /// log Σ exp(l) in f64, the largest term taken out.
-fn log_sum_exp(logits: &[f32]) -> f64 {
+pub(crate) fn log_sum_exp(logits: &[f32]) -> f64 {
     let max = logits.iter().fold(f32::NEG_INFINITY, |max, &l| max.max(l)) as f64;
     max + logits.iter().map(|&l| (l as f64 - max).exp()).sum::<f64>().ln()
 }

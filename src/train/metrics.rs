@@ -84,6 +84,13 @@ pub fn peak_bytes() -> Option<u64> {
     Some(kib * 1024)
 }
 
+/// Lets [`peak_bytes`] count from here on, where the system can: it then is the most since.
+pub fn reset_peak() {
+    if let Err(cause) = std::fs::write("/proc/self/clear_refs", "5") {
+        log::debug!("the peak of memory counts from the beginning: {cause}");
+    }
+}
+
 /// Losses over steps: each step's, their running mean, and the held-out ones as dots. `before` is the held-out loss
 /// before the first step.
 pub fn curve(lines: &[Line], before: Option<f64>) -> String {

@@ -6,6 +6,7 @@
 
 pub mod backward;
 pub mod batch;
+pub mod begin;
 pub mod checkpoint;
 pub mod data;
 pub mod metrics;

@@ -1,0 +1,263 @@
+//! `handmill compare`: fine-tune, retrieve, or both?
+
+mod show;
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use clap::{Args, ValueEnum};
+use handmill::compare::{self, report, Config, Halt, Recipe};
+use handmill::quant::Format;
+use handmill::train::optimizer::Schedule;
+
+use self::show::Display;
+use super::{note, print_json, ChecksFailed, Common, Interrupted, ModelFlag, Precision, Usage};
+
+/// Fine-tune, retrieve, or both? Measured on your model, data and questions
+///
+/// Trains a LoRA adapter on --train, indexes --docs, and puts the held-out --questions to four arms: base, lora, rag,
+/// lora_rag. Prints what it advises and a table with 95% intervals; OUT/report.html has the rest, OUT/compare.json the
+/// numbers. Everything is kept in OUT: a run that was stopped, by Ctrl-C or a kill, goes on where it was, and a second
+/// one does again only what has changed.
+///
+/// Questions, one JSON object a line: {"question","answer"} and, where wanted, "aliases": [..] other answers that
+/// count; "kind", reported apart; "instruction", said before the question; "format", the reply's form over the row's
+/// fields, such as "{answer} [{topic}]"; "context", shown in every arm in place of passages; "group", questions that
+/// are not independent. Training rows may have the same keys, or be any row that finetune takes.
+///
+/// Base and RAG are asked with the better of two prompts, without and with examples, chosen on --dev or on training
+/// rows kept apart. One adapter, trained with passages in part of its rows, serves lora and lora_rag.
+///
+/// With --json: recommendation, choice, reasons, would_change, warnings, arms: {base, lora, rag, lora_rag:
+/// {exact_match, f1, answer_nll, tokens_per_s, prompt_tokens, peak_bytes, ..}}, pairs, retrieval, forgetting: {text,
+/// base_nll, lora_nll, delta, ..}, train_s, index_s, costs, losses, provenance. Exit code 1 where --max-forgetting is
+/// exceeded.
+#[derive(Args)]
+pub struct Compare {
+    #[command(flatten)]
+    model: ModelFlag,
+    /// The embedder: a Hugging Face directory
+    #[arg(long, value_name = "DIR")]
+    embed_model: PathBuf,
+    /// Training rows, JSON Lines
+    #[arg(long, value_name = "FILE.jsonl")]
+    train: PathBuf,
+    /// Documents, and folders of them
+    #[arg(long, value_name = "PATH", required = true, num_args = 1..)]
+    docs: Vec<PathBuf>,
+    /// Held-out questions, JSON Lines
+    #[arg(long, value_name = "FILE.jsonl")]
+    questions: PathBuf,
+    /// The directory to write
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Questions to choose prompts on, JSON Lines [default: training rows kept apart]
+    #[arg(long, value_name = "FILE.jsonl")]
+    dev: Option<PathBuf>,
+    /// So many of them at most; 0: base and RAG are asked without examples
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    dev_questions: usize,
+    /// Examples in the few-shot prompt; 0 tries none
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    shots: usize,
+    /// At most so many questions, evenly over their kinds
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    limit: Option<u32>,
+    /// Said before every question whose row has no instruction
+    #[arg(long, value_name = "TEXT")]
+    instruction: Option<String>,
+    /// The replies' form over fields of the row, such as '{answer} [{topic}]'; goes before the rows' own
+    #[arg(long, value_name = "TEMPLATE")]
+    format: Option<String>,
+    /// The replies' form as a regular expression over the whole reply; a group named answer is the answer
+    #[arg(long, value_name = "REGEX")]
+    format_regex: Option<String>,
+    /// Passages shown with a question
+    #[arg(long, value_name = "K", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=64))]
+    passages: u32,
+    /// Tokens of a reply at most
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
+    max_tokens: u32,
+    /// Share of the training rows that retrieved passages are put to
+    #[arg(long, value_name = "SHARE", default_value_t = 0.75)]
+    context_share: f64,
+    /// Train two adapters: lora's on bare rows, lora_rag's on rows with passages
+    #[arg(long)]
+    two_adapters: bool,
+    /// Training steps
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
+    steps: u32,
+    /// Rows of a step
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    batch: u32,
+    /// Largest learning rate
+    #[arg(long, value_name = "RATE", default_value_t = 5e-4)]
+    lr: f64,
+    /// How it changes after the warm-up: constant, linear, cosine
+    #[arg(long, value_name = "NAME", default_value = "linear")]
+    schedule: Schedule,
+    /// Steps it rises for [default: a tenth of all]
+    #[arg(long, value_name = "N")]
+    warmup: Option<usize>,
+    /// AdamW's decay of the weights
+    #[arg(long, value_name = "SHARE", default_value_t = 0.01)]
+    weight_decay: f64,
+    /// Largest norm of the gradient; 0 for none
+    #[arg(long, value_name = "NORM", default_value_t = 1.0)]
+    grad_clip: f64,
+    /// The adapter's rank
+    #[arg(long, value_name = "R", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    r: u32,
+    /// Its strength: it is scaled by alpha/r
+    #[arg(long, value_name = "ALPHA", default_value_t = 16.0)]
+    alpha: f64,
+    /// Tokens of a training row; longer ones are cut
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(2..))]
+    max_len: u32,
+    /// Memory for activations kept from the forward to the backward pass
+    #[arg(long, value_name = "MIB", default_value_t = 288)]
+    keep_activations: usize,
+    /// Quantize the layers' weights first, for every arm (QLoRA)
+    #[arg(long, value_enum, default_value = "none")]
+    quant: Quant,
+    /// A text that has nothing to do with the task, to measure forgetting on [default: one that is bundled]
+    #[arg(long, value_name = "FILE")]
+    retention: Option<PathBuf>,
+    /// The most its loss may rise, in nats a token; beyond it the exit code is 1
+    #[arg(long, value_name = "NATS", allow_negative_numbers = true)]
+    max_forgetting: Option<f64>,
+    /// Seeds the adapter, the order of rows and every draw
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    #[command(flatten)]
+    precision: Precision,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Quant {
+    None,
+    Q8,
+    Q4,
+    Nf4,
+    Nf4dq,
+}
+
+impl Compare {
+    pub fn run(&self) -> Result<()> {
+        let config = self.config()?;
+        let device = self.common.open_device()?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let flag = stop.clone();
+        ctrlc::set_handler(move || {
+            // A second one ends the process where it stands.
+            if flag.swap(true, Ordering::SeqCst) {
+                std::process::exit(130);
+            }
+        })
+        .context("cannot listen for Ctrl-C")?;
+        let mut display = Display::default();
+        let done = compare::work::run(&config, device, &mut |progress| {
+            display.show(progress);
+            !stop.load(Ordering::SeqCst)
+        });
+        display.finish();
+        let outcome = match done {
+            Ok(outcome) => outcome,
+            Err(Halt::Error(error)) => return Err(error.into()),
+            Err(Halt::Interrupted) => {
+                note(&format!("stopped; what is done is kept in {}: the same command goes on", config.out.display()));
+                return Err(Interrupted.into());
+            }
+        };
+        report::write(&config.out, &outcome)?;
+        match self.common.json {
+            true => print_json(&outcome.json())?,
+            false => show::table(&config.out, &outcome)?,
+        }
+        match outcome.kept() {
+            true => Ok(()),
+            false => {
+                let (delta, limit) = (outcome.forgetting.delta.mean, self.max_forgetting.unwrap_or_default());
+                note(&format!("forgetting: {delta:+.3} nats a token on the unrelated text; {limit} are allowed"));
+                Err(ChecksFailed.into())
+            }
+        }
+    }
+
+    fn config(&self) -> Result<Config> {
+        let usage = |what: &str| Err(Usage(what.into()).into());
+        if !(self.lr.is_finite() && self.lr > 0.0) {
+            return usage("--lr is a number above 0");
+        }
+        if !(0.0..=1.0).contains(&self.context_share) {
+            return usage("--context-share is a share from 0 to 1");
+        }
+        if !(0.0..1.0).contains(&self.weight_decay) {
+            return usage("--weight-decay is a share of at least 0 and below 1");
+        }
+        if !(self.grad_clip.is_finite() && self.grad_clip >= 0.0) {
+            return usage("--grad-clip is a norm, or 0 for none");
+        }
+        if !(self.alpha.is_finite() && self.alpha > 0.0) {
+            return usage("--alpha is a number above 0");
+        }
+        if self.max_forgetting.is_some_and(|limit| limit.is_nan()) {
+            return usage("--max-forgetting is a number of nats");
+        }
+        if self.format.is_some() && self.format_regex.is_some() {
+            // The template may stand beside it: it says what is expected, the expression what is accepted.
+            note("--format says what is expected, --format-regex what is accepted");
+        }
+        if self.out.is_file() {
+            return usage("--out is a file: name a directory");
+        }
+        let steps = self.steps as usize;
+        Ok(Config {
+            model: self.model.model.clone(),
+            embed_model: self.embed_model.clone(),
+            train: self.train.clone(),
+            docs: self.docs.clone(),
+            questions: self.questions.clone(),
+            dev: self.dev.clone(),
+            out: self.out.clone(),
+            instruction: self.instruction.clone(),
+            format: self.format.clone(),
+            format_regex: self.format_regex.clone(),
+            passages: self.passages as usize,
+            max_tokens: self.max_tokens as usize,
+            shots: self.shots,
+            dev_questions: self.dev_questions,
+            limit: self.limit.map(|limit| limit as usize),
+            context_share: self.context_share,
+            separate: self.two_adapters,
+            recipe: Recipe {
+                r: self.r as usize,
+                alpha: self.alpha,
+                steps,
+                rows: self.batch as usize,
+                lr: self.lr,
+                schedule: self.schedule,
+                warmup: self.warmup.unwrap_or(steps.div_ceil(10)),
+                weight_decay: self.weight_decay,
+                grad_clip: self.grad_clip,
+                max_len: self.max_len as usize,
+                keep_activations: self.keep_activations << 20,
+            },
+            quant: match self.quant {
+                Quant::None => None,
+                Quant::Q8 => Some(Format::Q8 { group: 32, wide: false, affine: false }),
+                Quant::Q4 => Some(Format::Q4 { group: 32, wide: false }),
+                Quant::Nf4 => Some(Format::Nf4),
+                Quant::Nf4dq => Some(Format::Nf4Dq),
+            },
+            bf16: self.precision.bf16,
+            retention: self.retention.clone(),
+            max_forgetting: self.max_forgetting,
+            seed: self.seed,
+        })
+    }
+}
