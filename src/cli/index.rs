@@ -63,13 +63,29 @@ struct Build {
 /// As build, but documents that are not below these folders stay.
 #[derive(Args)]
 struct Add {
-    /// The index
-    #[arg(value_name = "IDX")]
-    index: PathBuf,
+    #[command(flatten)]
+    index: Which,
     #[command(flatten)]
     files: Files,
     #[command(flatten)]
     common: Common,
+}
+
+/// Which index: by place or by name, as scripts like.
+#[derive(Args)]
+struct Which {
+    /// The index
+    #[arg(value_name = "IDX", required_unless_present = "index")]
+    at: Option<PathBuf>,
+    /// The same, by name
+    #[arg(long, value_name = "IDX", conflicts_with = "at")]
+    index: Option<PathBuf>,
+}
+
+impl Which {
+    fn path(&self) -> &Path {
+        self.at.as_deref().or(self.index.as_deref()).expect("clap asks for one of them")
+    }
 }
 
 #[derive(Args)]
@@ -99,12 +115,12 @@ struct Files {
 /// Their passages are gone at once; `index compact` gives their room back. With --json: documents, chunks.
 #[derive(Args)]
 struct Remove {
-    /// The index
-    #[arg(value_name = "IDX")]
-    index: PathBuf,
-    /// Paths as the index has them, folders, or globs
-    #[arg(value_name = "PATTERN", required = true)]
-    paths: Vec<String>,
+    /// The index, where it is not the first word
+    #[arg(long, value_name = "IDX")]
+    index: Option<PathBuf>,
+    /// The index, then paths as it has them, folders, or globs
+    #[arg(value_name = "IDX> <PATTERN", required = true)]
+    words: Vec<String>,
     /// Print JSON for scripts instead of text for people
     #[arg(long)]
     json: bool,
@@ -115,9 +131,8 @@ struct Remove {
 /// With --json: documents, chunks, d, bytes, model_hash, segments, dead_rows, chunking, and paths with --list.
 #[derive(Args)]
 struct Info {
-    /// The index
-    #[arg(value_name = "IDX")]
-    index: PathBuf,
+    #[command(flatten)]
+    index: Which,
     /// List the documents
     #[arg(long)]
     list: bool,
@@ -134,9 +149,8 @@ struct Info {
 /// With --json: bytes_before, bytes_after, dead_rows.
 #[derive(Args)]
 struct Compact {
-    /// The index
-    #[arg(value_name = "IDX")]
-    index: PathBuf,
+    #[command(flatten)]
+    index: Which,
     /// Print JSON for scripts instead of text for people
     #[arg(long)]
     json: bool,
@@ -148,9 +162,8 @@ struct Compact {
 /// text, document_sha256. With --json: out, chunks, d.
 #[derive(Args)]
 struct Export {
-    /// The index
-    #[arg(value_name = "IDX")]
-    index: PathBuf,
+    #[command(flatten)]
+    index: Which,
     /// The directory to write
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -163,7 +176,7 @@ impl Index {
     pub fn run(&self) -> Result<()> {
         match &self.command {
             Command::Build(build) => bring(&build.out, &build.files, &build.common, true),
-            Command::Add(add) => bring(&add.index, &add.files, &add.common, false),
+            Command::Add(add) => bring(add.index.path(), &add.files, &add.common, false),
             Command::Remove(remove) => remove.run(),
             Command::Info(info) => info.run(),
             Command::Compact(compact) => compact.run(),
@@ -280,7 +293,12 @@ fn tell(dir: &Path, report: &Report, seconds: f64) -> Result<()> {
 
 impl Remove {
     fn run(&self) -> Result<()> {
-        let removed = index::remove(&self.index, &self.paths)?;
+        let (dir, paths) = match (&self.index, self.words.split_first()) {
+            (Some(dir), _) => (dir.clone(), &self.words[..]),
+            (None, Some((dir, paths))) if !paths.is_empty() => (PathBuf::from(dir), paths),
+            _ => return Err(Usage("name the index, then what to remove: paths, folders or globs".into()).into()),
+        };
+        let removed = index::remove(&dir, paths)?;
         if self.json {
             return print_json(&json!({"documents": removed.documents, "chunks": removed.chunks}));
         }
@@ -291,7 +309,7 @@ impl Remove {
 
 impl Info {
     fn run(&self) -> Result<()> {
-        let index = Opened::open_any(&self.index)?;
+        let index = Opened::open_any(self.index.path())?;
         if self.verify {
             index.verify()?;
         }
@@ -338,7 +356,7 @@ impl Info {
 
 impl Compact {
     fn run(&self) -> Result<()> {
-        let done = index::compact(&self.index)?;
+        let done = index::compact(self.index.path())?;
         let (before, after) = (done.bytes_before, done.bytes_after);
         if self.json {
             return print_json(&json!({"bytes_before": before, "bytes_after": after, "dead_rows": done.dead_rows}));
@@ -351,7 +369,7 @@ impl Compact {
 
 impl Export {
     fn run(&self) -> Result<()> {
-        let index = Opened::open_any(&self.index)?;
+        let index = Opened::open_any(self.index.path())?;
         let chunks = index.export(&self.out)?;
         if self.json {
             let out = self.out.display().to_string();
