@@ -2,7 +2,7 @@
 """Times steps of a LoRA fine-tune by Handmill and by PEFT from the same start, in turn, and prints their ratio.
 
     python3 -m venv VENV && VENV/bin/pip install torch transformers peft gguf safetensors accelerate
-    VENV/bin/python tools/peers/peft [--arms as-is,f32,nf4] [--rounds 5] [--steps 12] [--record FILE.jsonl]
+    VENV/bin/python tools/peers/peft_step.py [--arms as-is,f32,nf4] [--rounds 5] [--steps 12] [--record FILE.jsonl]
 
 A step is one row of 256 tokens forth, back and through AdamW: r 8, alpha 16, all seven projections, every activation
 kept, nothing compiled. PEFT runs transformers in f32 over the values that the file's weights stand for, with fused
