@@ -38,8 +38,10 @@ use scan::{Candidates, Pass};
 pub const MAX_K: usize = 2048;
 /// The largest norm that rows may have: one, but for the rounding of their elements.
 pub const MAX_NORM: f64 = 1.01;
-/// Rows whose scores a task computes one after another where every row counts.
+/// Rows whose scores a task computes where every row counts.
 const RUN: usize = 1024;
+/// Rows whose scores are summed side by side, each in its own order: an addition takes as long as several may.
+const TOGETHER: usize = 8;
 
 /// Rows of unit norm, one vector each, and how they are stored. No row's norm is beyond [`MAX_NORM`]: else hits may be
 /// missing.
@@ -109,13 +111,24 @@ impl<'a> Corpus<'a> {
 
     /// The score of a row, as the whole search defines it.
     pub fn score(&self, query: &[f32], row: usize) -> f32 {
-        let at = row * self.d..(row + 1) * self.d;
-        let sum: f64 = match self.exact() {
-            Exact::F32(rows) => query.iter().zip(&rows[at]).map(|(q, x)| *q as f64 * *x as f64).sum(),
-            Exact::F16(rows) => query.iter().zip(&rows[at]).map(|(q, x)| *q as f64 * x.to_f64()).sum(),
+        self.scores(query, &[row as u32])[0].score
+    }
+
+    /// The scores of rows.
+    fn scores(&self, query: &[f32], rows: &[u32]) -> Vec<Hit> {
+        let at = |row: u32| row as usize * self.d..(row as usize + 1) * self.d;
+        let of_some = |some: &[u32]| {
+            // Where there are fewer, the first fills up.
+            let row = |i: usize| at(*some.get(i).unwrap_or(&some[0]));
+            let sums = match self.exact() {
+                Exact::F32(rows) => sums(query, std::array::from_fn(|i| &rows[row(i)]), |v| v as f64),
+                Exact::F16(rows) => sums(query, std::array::from_fn(|i| &rows[row(i)]), |v| v.to_f32() as f64),
+            };
+            // Of the two zeros the positive one: they tie.
+            let hit = |(row, sum): (&u32, f64)| Hit { row: *row, score: sum as f32 + 0.0 };
+            some.iter().zip(sums).map(hit).collect::<Vec<_>>()
         };
-        // Of the two zeros the positive one: they tie.
-        sum as f32 + 0.0
+        rows.chunks(TOGETHER).flat_map(of_some).collect()
     }
 
     /// The rows that the scores are of.
@@ -221,20 +234,16 @@ impl<'a> Searcher<'a> {
 
     /// The hits among a query's candidates, and whether they are all.
     fn settle(&self, query: &[f32], k: usize, scan: &Candidates, scored: &AtomicUsize) -> Settled {
-        let mut sound = true;
-        let mut hit = |row: &Scored| {
-            let score = self.corpus.score(query, row.id as usize);
-            // A row of a larger norm than a corpus may have.
-            sound &= (row.score as f64 - score as f64).abs() <= scan.error;
-            Hit { row: row.id, score }
-        };
+        let scores = |rows: &[Scored]| self.corpus.scores(query, &rows.iter().map(|row| row.id).collect::<Vec<_>>());
         let (first, rest) = scan.rows.split_at(k.min(scan.rows.len()));
-        let mut hits: Vec<Hit> = first.iter().map(&mut hit).collect();
+        let mut hits = scores(first);
         if hits.len() == k {
             let least = hits.iter().fold(f32::INFINITY, |least, hit| least.min(hit.score));
-            let near = rest.iter().take_while(|row| row.score as f64 + scan.error >= least as f64);
-            hits.extend(near.map(&mut hit));
+            hits.extend(scores(&rest[..rest.partition_point(|row| row.score as f64 + scan.error >= least as f64)]));
         }
+        // A row of a larger norm than a corpus may have is further off.
+        let near = |(row, hit): (&Scored, &Hit)| (row.score as f64 - hit.score as f64).abs() <= scan.error;
+        let sound = scan.rows.iter().zip(&hits).all(near);
         scored.fetch_add(hits.len(), Relaxed);
         hits.sort_unstable_by(|a, b| b.score.total_cmp(&a.score).then(a.row.cmp(&b.row)));
         hits.truncate(k);
@@ -249,11 +258,15 @@ impl<'a> Searcher<'a> {
         let lists = || queries.iter().map(|_| Best::new(k, f32::NEG_INFINITY)).collect::<Vec<_>>();
         let runs = (0..n.div_ceil(RUN)).into_par_iter();
         let run = |mut lists: Vec<Best>, run: usize| {
+            let mut rows = Vec::with_capacity(RUN);
             for row in run * RUN..n.min((run + 1) * RUN) {
                 if filter.is_none_or(|words| words[row / 32] >> (row % 32) & 1 == 1) {
-                    for (query, list) in queries.iter().zip(&mut lists) {
-                        list.put(Scored { score: self.corpus.score(query, row), id: row as u32 });
-                    }
+                    rows.push(row as u32);
+                }
+            }
+            for (query, list) in queries.iter().zip(&mut lists) {
+                for hit in self.corpus.scores(query, &rows) {
+                    list.put(Scored { score: hit.score, id: hit.row });
                 }
             }
             lists
@@ -275,4 +288,16 @@ struct Settled {
     /// The k-th score, of which the true one is no less.
     least: Option<f32>,
     proven: bool,
+}
+
+/// Products of a query with rows, summed in f64 in the order of their elements.
+fn sums<T: Copy>(query: &[f32], rows: [&[T]; TOGETHER], value: impl Fn(T) -> f64) -> [f64; TOGETHER] {
+    let rows = rows.map(|row| &row[..query.len()]);
+    let mut sums = [0.0; TOGETHER];
+    for (i, q) in query.iter().enumerate() {
+        for (sum, row) in sums.iter_mut().zip(rows) {
+            *sum += *q as f64 * value(row[i]);
+        }
+    }
+    sums
 }
