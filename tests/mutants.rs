@@ -18,7 +18,7 @@ use std::time::Instant;
 /// Mutants of one kernel that a sample has at most.
 const A_KERNEL: usize = 14;
 /// Instructions that one warp may run: a mutant that never ends is caught by this.
-const STEPS: u64 = 1 << 16;
+const STEPS: u64 = 1 << 19;
 /// Cases beyond this many operations are left out, but for each kernel's smallest two.
 const FLOPS: u64 = 20_000_000;
 /// Small shapes beside an op's cases, where those that tell a mistake are large: each op's id, and its dims.
@@ -27,6 +27,9 @@ const SHAPES: &[(&str, &[&[usize]])] = &[
     ("add_f32", &[&[1, 2], &[1, 4]]),
     ("attention_f32", &[&[65, 1, 1, 4, 70], &[33, 2, 1, 128, 40], &[2, 1, 1, 129, 9]]),
     ("cast_bf16", &[&[1, 2], &[1, 4]]),
+    ("cosine_topk_f16", &[&[9, 173, 64, 173, 1, 0, 0], &[9, 9, 64, 3, 4, 0, 0]]),
+    ("cosine_topk_f32", &[&[9, 173, 64, 173, 1, 0, 0], &[9, 9, 64, 3, 4, 0, 0]]),
+    ("cosine_topk_i8", &[&[9, 173, 128, 173, 1, 0, 0], &[9, 9, 64, 3, 4, 0, 0]]),
     ("gelu_f32", &[&[1, 2], &[1, 4]]),
     ("qmatmul_bf16", &[&[2, 65, 40, 65, 0, 1, 40]]),
     ("qmatmul_f16", &[&[2, 65, 40, 65, 0, 1, 40]]),

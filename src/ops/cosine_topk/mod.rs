@@ -148,5 +148,8 @@ const CASES: &[Case] = &[
     case(&[33, 258, 65, 17, 5, 0, 1], "real values; more queries than a warp"),
     case(&[1, 1026, 384, 32, 2, 64, 0], "real values; one query over rows of MiniLM"),
     case(&[64, 1025, 384, 40, 2, 0, 1], "a batch over rows of MiniLM, on the grid"),
+    case(&[5, 203, 136, 40, 3, 0, 1], "few queries; lists that fill more than once, on the grid"),
+    case(&[17, 401, 40, 100, 2, 3, 1], "a batch; lists that fill more than once, on the grid"),
+    case(&[70, 130, 24, 9, 1, 0, 0], "real values; a few queries and rows past a tile"),
     case(&[64, 1000, 384, 10, 4, 0, 0], "a batch over rows of MiniLM"),
 ];
