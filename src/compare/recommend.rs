@@ -130,7 +130,7 @@ impl Facts<'_> {
                      keep it, or change data, documents or steps and measure again.",
                     percent(strict(Arm::Base))
                 );
-                (Some(Arm::Base), "Neither: keep the base".to_string(), sentence)
+                (Some(Arm::Base), "Nothing measurably better than the base".to_string(), sentence)
             }
             Some(arm) => {
                 let headline = match arm {
