@@ -50,9 +50,9 @@ pub struct Facts<'a> {
     pub leaked: usize,
 }
 
-/// A share in percent.
+/// A share in percent; the number and its sign stay on one line.
 pub fn percent(share: f64) -> String {
-    format!("{:.0} %", 100.0 * share)
+    format!("{:.0}\u{a0}%", 100.0 * share)
 }
 
 /// A difference of shares in percentage points, with its sign and interval.
