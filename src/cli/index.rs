@@ -11,7 +11,7 @@ use clap::{Args, Subcommand};
 use handmill::error::quote;
 use handmill::retrieve::chunk::Chunking;
 use handmill::retrieve::files;
-use handmill::retrieve::index::{self, Index as Opened, Options, Progress, Report};
+use handmill::retrieve::index::{self, Index as Opened, Options, Progress, Report, SAVE_EVERY};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{json, Value};
 
@@ -44,8 +44,9 @@ enum Command {
 ///
 /// Reads .txt .rst .md .html .pdf and .jsonl (rows with text, and title, path or id if they like). Only what changed
 /// since the last run is embedded; documents that are no longer there leave the index (`index add` keeps them).
-/// Hidden files and links are not followed. Ctrl-C keeps what is done. With --json: out, status, added, changed,
-/// unchanged, removed, chunks, skipped: [{path, reason}], other_files, seconds, chunks_per_s, device, peak_bytes.
+/// Hidden files and links are not followed. Documents are named as --docs is written: write it alike each time. Ctrl-C
+/// keeps what is done. With --json: out, status, added, changed, unchanged, removed, chunks, skipped:
+/// [{path, reason}], other_files, seconds, chunks_per_s, device, peak_bytes.
 #[derive(Args)]
 struct Build {
     #[command(flatten)]
@@ -82,12 +83,15 @@ struct Files {
     /// Tokens of a passage at most [default: 256, or what the model takes]
     #[arg(long, value_name = "N")]
     chunk_tokens: Option<usize>,
-    /// Put whole paragraphs together up to so many tokens [default: 64]
+    /// Put whole paragraphs together up to so many tokens [default: 32]
     #[arg(long, value_name = "N")]
     join: Option<usize>,
     /// Tokens that passages cut out of one long paragraph share [default: 32]
     #[arg(long, value_name = "N")]
     overlap: Option<usize>,
+    /// Passages that a run that is killed may lose; twenty seconds' work at most
+    #[arg(long, value_name = "N", default_value_t = SAVE_EVERY)]
+    save_every: usize,
 }
 
 /// Remove documents from an index
@@ -193,7 +197,8 @@ impl Files {
 fn bring(dir: &Path, files: &Files, common: &Common, all: bool) -> Result<()> {
     let device = common.open_device()?;
     let embedder = open_embedder(&files.model, &device)?;
-    let options = Options { chunking: files.chunking(dir, embedder.max_tokens)? };
+    let chunking = files.chunking(dir, embedder.max_tokens)?;
+    let options = Options { chunking, save_every: Some(files.save_every) };
     let stop = Arc::new(AtomicBool::new(false));
     let flag = stop.clone();
     ctrlc::set_handler(move || {
@@ -257,16 +262,16 @@ fn report_json(dir: &Path, report: &Report, seconds: f64, device: &str) -> Value
 fn tell(dir: &Path, report: &Report, seconds: f64) -> Result<()> {
     files::tell(&report.skipped, TOLD).iter().for_each(|line| note(line));
     if report.other > 0 {
-        note(&format!("left out: {} files of other kinds", report.other));
+        note(&format!("left out: files of other kinds, {}", report.other));
     }
     let Report { added, changed, unchanged, removed, chunks, .. } = report;
     writeln!(
         io::stdout(),
-        "{}: {added} documents added, {changed} changed, {removed} removed, {unchanged} as they were",
+        "{}: documents {added} added, {changed} changed, {removed} removed, {unchanged} as they were",
         dir.display()
     )?;
     let rate = *chunks as f64 / seconds.max(1e-9);
-    note(&format!("{chunks} passages embedded in {seconds:.1} s, {rate:.1}/s"));
+    note(&format!("passages embedded: {chunks} in {seconds:.1} s, {rate:.1}/s"));
     if report.interrupted {
         note("interrupted: what is done is kept, run the command again to go on");
     }
@@ -279,7 +284,7 @@ impl Remove {
         if self.json {
             return print_json(&json!({"documents": removed.documents, "chunks": removed.chunks}));
         }
-        writeln!(io::stdout(), "removed {} documents, {} passages", removed.documents, removed.chunks)?;
+        writeln!(io::stdout(), "removed: documents {}, passages {}", removed.documents, removed.chunks)?;
         Ok(())
     }
 }
@@ -316,8 +321,8 @@ impl Info {
         writeln!(out, "documents   {}", info.documents)?;
         writeln!(out, "passages    {} of {} numbers each", info.chunks, info.d)?;
         writeln!(out, "size        {}", human_bytes(info.bytes))?;
-        let packed = if info.dead_rows > 0 { ": `handmill index compact` drops them" } else { "" };
-        writeln!(out, "segments    {} with {} rows no longer used{packed}", info.segments, info.dead_rows)?;
+        let packed = if info.dead_rows > 0 { ", which `handmill index compact` drops" } else { "" };
+        writeln!(out, "segments    {}; rows no longer used: {}{packed}", info.segments, info.dead_rows)?;
         writeln!(
             out,
             "passages of {} tokens at most, paragraphs joined to {}, overlap {}",
@@ -339,7 +344,7 @@ impl Compact {
             return print_json(&json!({"bytes_before": before, "bytes_after": after, "dead_rows": done.dead_rows}));
         }
         let (before, after) = (human_bytes(before), human_bytes(after));
-        writeln!(io::stdout(), "{before} before, {after} now; {} unused rows dropped", done.dead_rows)?;
+        writeln!(io::stdout(), "{before} before, {after} now; rows dropped: {}", done.dead_rows)?;
         Ok(())
     }
 }

@@ -88,10 +88,8 @@ struct Interrupted;
 
 /// Runs the command that the arguments name.
 pub fn main() -> ExitCode {
-    env_logger::Builder::from_env(
-        env_logger::Env::default().default_filter_or("warn,pdf_extract=error,lopdf=error,html5ever=error"),
-    )
-    .init();
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn,lopdf=off,html5ever=error"))
+        .init();
     // Mesa's layer that chooses a first adapter would look for a display and complain of none; `device::wgpu` chooses.
     std::env::set_var("NODEVICE_SELECT", "1");
     let cli = match Cli::try_parse() {

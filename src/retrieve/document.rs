@@ -1,7 +1,7 @@
 //! Readers: a file's bytes to documents, each a list of paragraphs that know their headings and their lines.
 //!
-//! Text, Markdown and HTML have one document a file and the file's own lines. A PDF has the lines of its extracted text,
-//! under a heading that names the page. JSON Lines have a document a row, all on the row's line.
+//! Text, Markdown and HTML have one document a file and the file's own lines. A PDF has the lines of its extracted
+//! text, under a heading that names the page. JSON Lines have a document a row, all on the row's line.
 
 mod html;
 mod pdf;
@@ -393,7 +393,8 @@ mod tests {
 
     #[test]
     fn rows_are_documents() {
-        let text = "{\"text\":\"one\",\"title\":\"T\",\"id\":7}\n\n{\"text\":\"a\\n\\nb\",\"path\":\"p/q\"}\n{\"text\":\"\"}\n";
+        let lines = [r#"{"text":"one","title":"T","id":7}"#, "", r#"{"text":"a\n\nb","path":"p/q"}"#, r#"{"text":""}"#];
+        let text = &lines.join("\n");
         let found = of(Kind::Jsonl, text).unwrap();
         let names: Vec<&str> = found.iter().map(|document| document.path.as_str()).collect();
         assert_eq!(names, ["x#7", "x#p/q", "x#4"]);

@@ -21,8 +21,9 @@ use std::sync::Mutex;
 
 use globset::{GlobBuilder, GlobMatcher};
 
-pub use build::{add, build, Options, Progress, Report};
+pub use build::{add, build, Options, Progress, Report, SAVE_EVERY};
 pub use database::Meta;
+pub use export::{CHUNKS, VECTORS};
 pub use writer::{compact, remove, Compacted, Removed};
 
 use self::database::Database;

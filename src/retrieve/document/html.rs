@@ -172,7 +172,8 @@ mod tests {
     fn a_page_is_what_a_reader_sees() {
         let page = "<!doctype html>\n<head><title>The &amp; title</title>\n<style>p { x }</style></head>\n<body>\n\
                     <h1>First\n part</h1><p>Some <b>bold</b>\n   text &lt;tag&gt;.<p>Next<br>line\n\
-                    <script>if (a < b) { \"</p>\" }</script>\n<ul><li>one<li>two</ul>\n<table><tr><td>a<td>b</tr></table>\n\
+                    <script>if (a < b) { \"</p>\" }</script>\n<ul><li>one<li>two</ul>\n\
+                    <table><tr><td>a<td>b</tr></table>\n\
                     <template><p>no</p></template><h2>Second</h2>tail";
         let found = blocks(page);
         let row = |b: &Block| (b.heading.clone(), b.text.clone(), b.lines[0], *b.lines.last().unwrap());

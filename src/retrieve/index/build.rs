@@ -19,7 +19,7 @@ use crate::retrieve::files::{self, Found, Skipped, Source};
 /// Passages embedded between two looks at whether to stop: enough to sort into batches of like lengths.
 const GROUP: usize = 256;
 /// Passages that become visible together at most, give or take a document.
-const COMMIT_CHUNKS: usize = 8192;
+pub const SAVE_EVERY: usize = 8192;
 /// Seconds of work that a power cut may cost.
 const COMMIT_SECONDS: u64 = 20;
 
@@ -28,6 +28,8 @@ const COMMIT_SECONDS: u64 = 20;
 pub struct Options {
     /// How documents are cut; none for the index's own way, or the default for a new one.
     pub chunking: Option<Chunking>,
+    /// Passages that become visible together; none for [`SAVE_EVERY`]. Each time makes a segment.
+    pub save_every: Option<usize>,
 }
 
 /// How far a build is.
@@ -120,6 +122,7 @@ fn bring(
         report: Report { skipped: found.skipped.clone(), other: found.other, ..Report::default() },
         queue: VecDeque::new(),
         embedded: 0,
+        save_every: options.save_every.unwrap_or(SAVE_EVERY).max(1),
         last_commit: Instant::now(),
         told: Progress::default(),
         progress,
@@ -152,6 +155,7 @@ struct Run<'a> {
     /// What is to become visible, in order; the passages of the first `embedded` steps' documents have vectors.
     queue: VecDeque<Queued>,
     embedded: usize,
+    save_every: usize,
     last_commit: Instant,
     told: Progress,
     progress: &'a mut dyn FnMut(Progress) -> bool,
@@ -188,7 +192,7 @@ impl Run<'_> {
                 break;
             }
             waiting += self.read(source)?;
-            if waiting >= GROUP {
+            if waiting >= GROUP.min(self.save_every) {
                 self.embed()?;
                 waiting = 0;
             }
@@ -250,7 +254,8 @@ impl Run<'_> {
                 query.query_map([&source.path], |row| Ok((row.get(0)?, Old { id: row.get(1)?, hash: row.get(2)? })))?;
             rows.collect()
         })?;
-        let (mut moved, mut fresh): (Vec<(i64, u32)>, Vec<(Document, bool)>) = (Vec::new(), Vec::new());
+        let mut moved: Vec<(i64, u32)> = Vec::new();
+        let mut fresh: Vec<(Document, bool)> = Vec::new();
         let mut unchanged = 0;
         for document in documents {
             match before.remove(&document.path) {
@@ -286,7 +291,7 @@ impl Run<'_> {
     fn embed(&mut self) -> Result<(), Error> {
         while self.embedded < self.queue.len() {
             let (mut end, mut texts) = (self.embedded, Vec::new());
-            while end < self.queue.len() && texts.len() < GROUP {
+            while end < self.queue.len() && texts.len() < GROUP.min(self.save_every) {
                 if let Step::Put(ready) = &self.queue[end].step {
                     texts.extend(ready.chunks.iter().map(|chunk| chunk.embedded()));
                 }
@@ -317,7 +322,7 @@ impl Run<'_> {
             }
             let due = self.last_commit.elapsed() > Duration::from_secs(COMMIT_SECONDS);
             let held: usize = self.queue.iter().take(self.embedded).map(|queued| queued.step.chunks()).sum();
-            if due || held >= COMMIT_CHUNKS {
+            if due || held >= self.save_every {
                 self.commit()?;
             }
         }
@@ -350,7 +355,8 @@ impl Run<'_> {
         let there: HashSet<&str> = found.sources.iter().map(|source| source.path.as_str()).collect();
         let unseen = |source: &str| {
             self.report.skipped.iter().any(|one| {
-                source.strip_prefix(one.path.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+                let below = |rest: &str| rest.is_empty() || rest.starts_with('/') || one.path.is_empty();
+                source.strip_prefix(one.path.as_str()).is_some_and(below)
             })
         };
         let removed = self.writer.remove_where(|_, source| !there.contains(source) && !unseen(source))?;

@@ -15,6 +15,8 @@ use crate::retrieve::document::Document;
 
 /// Bytes of rows that compaction puts into one segment.
 const SEGMENT_BYTES: usize = 1 << 30;
+/// Tries to take the lock, 20 ms apart.
+const LOCK_TRIES: usize = 50;
 
 /// An index held for writing, until dropped.
 pub struct Writer {
@@ -202,8 +204,9 @@ impl Writer {
         Ok(removed)
     }
 
-    /// Brings the log into the database's file, where no reader holds it back.
+    /// Brings the log into the database's file, where no reader holds it back; none is waited for.
     pub fn settle(&self) {
+        let _ = self.database.connection.busy_timeout(std::time::Duration::ZERO);
         let done = self.database.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()));
         if let Err(error) = done {
             log::debug!("the log stays for now: {error}");
@@ -221,17 +224,18 @@ impl Writer {
     }
 }
 
-/// Takes the lock of an index.
+/// Takes the lock of an index. A moment's patience: another writer may be about to end.
 fn lock(dir: &Path) -> Result<fs::File, Error> {
     let path = dir.join(".lock");
     let file = fs::File::create(&path).map_err(|cause| Error::io(&path, cause))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(fs::TryLockError::WouldBlock) => {
-            Err(Error::file(dir, "is being written by another process: wait for it, then run the command again"))
+    for _ in 0..LOCK_TRIES {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(fs::TryLockError::WouldBlock) => std::thread::sleep(std::time::Duration::from_millis(20)),
+            Err(fs::TryLockError::Error(cause)) => return Err(Error::io(&path, cause)),
         }
-        Err(fs::TryLockError::Error(cause)) => Err(Error::io(&path, cause)),
     }
+    Err(Error::file(dir, "is being written by another process: wait for it, then run the command again"))
 }
 
 /// An error for a directory that holds something that is no index.
@@ -381,7 +385,7 @@ pub fn compact(dir: &Path) -> Result<Compacted, Error> {
     })?;
     let total: usize = segments.values().map(|segment| segment.rows).sum();
 
-    let mut written: Vec<(i64, String, Vec<(i64, i64)>)> = Vec::new();
+    let mut written = Vec::new();
     let first = writer.next_segment()?;
     for (group, number) in order.chunks((SEGMENT_BYTES / 4 / d).max(1)).zip(first..) {
         let mut rows: Vec<f32> = Vec::with_capacity(group.len() * d);
@@ -390,7 +394,7 @@ pub fn compact(dir: &Path) -> Result<Compacted, Error> {
             let segment = at.ok_or_else(|| writer.database.wrong(format!("segment {segment} has no row {row}")))?;
             rows.extend(segment.row(row as usize));
         }
-        written.push((number, segment::write(dir, number, d, &rows)?, group.to_vec()));
+        written.push((number, segment::write(dir, number, d, &rows)?, group));
     }
     writer.database.with(|connection| {
         let transaction = connection.unchecked_transaction()?;
@@ -402,7 +406,7 @@ pub fn compact(dir: &Path) -> Result<Compacted, Error> {
             )?;
             let mut update =
                 transaction.prepare("UPDATE chunks SET segment = ?1, row = ?2 WHERE segment = ?3 AND row = ?4")?;
-            for ((segment, row), at) in group.iter().zip(0i64..) {
+            for (&(segment, row), at) in group.iter().zip(0i64..) {
                 update.execute((number, at, segment, row))?;
             }
             set_next(&transaction, number + 1)?;
@@ -410,7 +414,8 @@ pub fn compact(dir: &Path) -> Result<Compacted, Error> {
         transaction.commit()
     })?;
     drop(segments);
-    writer.alive = written.iter().map(|(number, _, group)| (*number, filled(group.len()))).collect();
+    writer.settle();
+    writer.alive = written.into_iter().map(|(number, _, group)| (number, filled(group.len()))).collect();
     writer.sweep();
     // A reader may hold the old pages; the next compaction gets them then.
     if let Err(error) = writer.database.connection.execute_batch("VACUUM") {
