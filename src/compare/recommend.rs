@@ -50,9 +50,9 @@ pub struct Facts<'a> {
     pub leaked: usize,
 }
 
-/// A share in percent.
+/// A share in percent; the number and its sign stay on one line.
 pub fn percent(share: f64) -> String {
-    format!("{:.0} %", 100.0 * share)
+    format!("{:.0}\u{a0}%", 100.0 * share)
 }
 
 /// A difference of shares in percentage points, with its sign and interval.
@@ -130,7 +130,7 @@ impl Facts<'_> {
                      keep it, or change data, documents or steps and measure again.",
                     percent(strict(Arm::Base))
                 );
-                (Some(Arm::Base), "Neither: keep the base".to_string(), sentence)
+                (Some(Arm::Base), "Nothing measurably better than the base".to_string(), sentence)
             }
             Some(arm) => {
                 let headline = match arm {

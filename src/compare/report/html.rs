@@ -103,7 +103,7 @@ fn row(name: &str, about: &str, cells: Vec<(String, String)>, best: &[bool]) -> 
 
 fn arms(outcome: &Outcome) -> String {
     let mut html = format!(
-        "<section><h2>Four arms, the same {} questions</h2><p class=\"note\">Percent, with the 95&thinsp;% interval of a \
+        "<section><h2>Four arms, the same {} questions</h2><p class=\"note\">Percent, with the 95&nbsp;% interval of a \
          bootstrap below; the best in bold. Losses are nats a token: less is better.</p><div class=\"scroll\"><table>{}\
          <tbody>",
         outcome.questions.len(),
@@ -145,7 +145,7 @@ fn kinds(outcome: &Outcome) -> String {
             let label = format!("{}: {}", arm.arm.name(), percent(interval.mean));
             let _ = write!(
                 html,
-                "<div class=\"row {}\"><span>{}</span>{}<span><b>{}</b>&thinsp;% <i>{} to {}</i></span></div>",
+                "<div class=\"row {}\"><span>{}</span>{}<span><b>{}</b>&nbsp;% <i>{} to {}</i></span></div>",
                 arm.arm.key(),
                 arm.arm.name(),
                 svg::bar(interval, 1.0, arm.arm.key(), &label),
@@ -159,7 +159,7 @@ fn kinds(outcome: &Outcome) -> String {
     let by = |s: &Summary, key: &str| s.get(key);
     let mut html = String::from("<section><h2>By kind of question</h2><p class=\"note\">");
     html += if form { "Right and in the form asked for" } else { "Exact match" };
-    html += "; the line is the 95&thinsp;% interval.</p><div class=\"kinds\">";
+    html += "; the line is the 95&nbsp;% interval.</p><div class=\"kinds\">";
     if outcome.kinds.len() > 1 {
         for (i, kind) in outcome.kinds.iter().enumerate() {
             let title = format!("{}, {} questions", named(kind), outcome.arms[0].kinds[i].n);
@@ -217,7 +217,7 @@ fn retrieval(outcome: &Outcome) -> String {
         let bar = |value: f64, name: &str| {
             let interval = Interval { mean: value, low: value, high: value };
             format!(
-                "<div class=\"row rag\"><span>{name}</span>{}<span><b>{}</b>&thinsp;%</span></div>",
+                "<div class=\"row rag\"><span>{name}</span>{}<span><b>{}</b>&nbsp;%</span></div>",
                 svg::bar(interval, 1.0, "rag", &format!("{name}: {}", percent(value))),
                 share(value)
             )
@@ -229,7 +229,7 @@ fn retrieval(outcome: &Outcome) -> String {
             costs.documents,
             hits.n,
             bar(hits.at_1, "in the first"),
-            bar(hits.at_k, &format!("in {}", hits.k))
+            bar(hits.at_k, &format!("in any of {}", hits.k))
         );
     }
     if !outcome.variants.is_empty() {
