@@ -191,7 +191,7 @@ impl<'a> Searcher<'a> {
         if k == 0 || k > MAX_K {
             return Err(Error::Request(format!("k is {k}: give 1 to {MAX_K}")));
         }
-        if queries.len() % d != 0 {
+        if !queries.len().is_multiple_of(d) {
             return Err(Error::Request(format!("{} elements are no queries of {d}", queries.len())));
         }
         if let Some(at) = queries.iter().position(|v| !v.is_finite()) {

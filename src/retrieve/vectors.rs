@@ -207,7 +207,7 @@ fn open_npy(path: &Path) -> Result<(usize, usize, Data), Error> {
 /// `count` elements of f32 or f16, by their size: as they lie, or a copy where they lie badly.
 fn mapped(mmap: &Arc<Mmap>, offset: usize, count: usize, size: usize) -> Data {
     let bytes = &mmap[offset..offset + count * size];
-    match (size, offset % size == 0) {
+    match (size, offset.is_multiple_of(size)) {
         (2, true) => Data::MappedF16(mmap.clone(), offset),
         (2, false) => Data::F16(bytemuck::pod_collect_to_vec(bytes)),
         (_, true) => Data::MappedF32(mmap.clone(), offset),

@@ -120,10 +120,12 @@ const fn spec(
 /// How far a score of this kernel may be from the real product of `d` elements, relative to the norms of query and row:
 /// Σ|q·x| ≤ ‖q‖·‖x‖ (Cauchy, Schwarz), and a sum of n terms in any order is off by at most n·u/(1 − n·u) of that, u the
 /// unit roundoff of f32 (Higham 2002, 4.2); eight more for the scales of codes and the rounding of what it is compared
-/// with. Narrower factors add one rounding of their type each.
+/// with. Narrower factors add one rounding of their type each, and tensor cores, which multiply them, may truncate where
+/// f32 rounds: four times u a term.
 pub fn score_error(kernel: &Kernel, d: usize) -> f64 {
     let narrow = if kernel.act == Dtype::F32 { 0.0 } else { kernel.act.unit_roundoff() };
-    let roundings = (d + 8) as f64 * Dtype::F32.unit_roundoff();
+    let terms = if kernel.act == Dtype::F32 { d + 8 } else { 4 * (d + 8) };
+    let roundings = terms as f64 * Dtype::F32.unit_roundoff();
     // Beyond some million elements nothing is known.
     let sum = if roundings < 0.5 { roundings / (1.0 - roundings) } else { f64::INFINITY };
     // The terms that are summed may be larger by what rounding adds to their factors.

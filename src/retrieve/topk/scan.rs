@@ -78,21 +78,21 @@ impl<'a> Pass<'a> {
         if let (Rows::I8 { codes, .. }, true) = (corpus.rows, corpus.d <= MAX_CODES) {
             wanted.push((&cosine_topk::COSINE_TOPK_I8, Dtype::F32, Stored::Codes(codes)));
         }
-        wanted.push((exact, Dtype::BF16, Stored::Exact(corpus.exact())));
-        wanted.push((exact, Dtype::F32, Stored::Exact(corpus.exact())));
+        for act in [Dtype::BF16, Dtype::F16, Dtype::F32] {
+            wanted.push((exact, act, Stored::Exact(corpus.exact())));
+        }
         let mut passes: Vec<Pass<'a>> = Vec::new();
         for (spec, act, stored) in wanted {
-            let dims = spec.dims(&[1, corpus.len().clamp(1, FIRST), corpus.d, 1, 1, 0, 0], &[]);
-            if spec.choose(&dims, act, device.caps()).is_none() {
+            let kind = device.caps().kind;
+            let kernels = || spec.kernels().filter(|kernel| kernel.act == act && kind.runs(&kernel.source));
+            if kernels().next().is_none() {
                 continue;
             }
+            let relative = kernels().fold(0.0f64, |most, kernel| most.max(cosine_topk::score_error(kernel, corpus.d)));
             let residual = match stored {
                 Stored::Codes(codes) => codes.largest_residual() as f64,
                 Stored::Exact(_) => 0.0,
             };
-            let kind = device.caps().kind;
-            let kernels = spec.kernels().filter(|kernel| kernel.act == act && kind.runs(&kernel.source));
-            let relative = kernels.fold(0.0f64, |most, kernel| most.max(cosine_topk::score_error(kernel, corpus.d)));
             let mut pass = Pass { device, spec, act, stored, d: corpus.d, slabs: Vec::new(), residual, relative };
             pass.slabs = pass.cut(corpus.len());
             // What a later pass scans is scanned seldom: it passes through.
@@ -219,9 +219,16 @@ impl<'a> Pass<'a> {
     fn places(&self, wanted: usize, queries: usize) -> Result<usize, Error> {
         let n = self.slabs.iter().map(|slab| slab.rows.len()).max().unwrap_or(1);
         let dims = |places| self.spec.dims(&[queries, n, self.d, places, 1, 0, 0], &[]);
-        let takes = |places: &usize| self.spec.choose(&dims(*places), self.act, self.device.caps()).is_some();
+        let takes = |places: &usize| self.choose(&dims(*places)).is_some();
         let fewer = std::iter::successors(Some(wanted), |places| Some(places / 2).filter(|places| *places > 0));
         fewer.into_iter().find(takes).ok_or_else(|| self.unsupported(&dims(wanted)))
+    }
+
+    /// The kernel for a launch. Where none of the pass's type takes it, such as few queries, one of f32 sums has smaller
+    /// errors yet.
+    fn choose(&self, dims: &Dims) -> Option<&'static Kernel> {
+        let of = |act| self.spec.choose(dims, act, self.device.caps());
+        of(self.act).or_else(|| of(Dtype::F32))
     }
 
     fn unsupported(&self, dims: &Dims) -> Error {
@@ -266,7 +273,7 @@ impl<'a> Pass<'a> {
         let splits = n.div_ceil(SPLIT_ROWS.max(places)).clamp(1, most);
         let values = [queries, n, self.d, places, splits, slab.rows.start, usize::from(!filter.is_empty())];
         let dims = self.spec.dims(&values, &[]);
-        let Some(kernel) = self.spec.choose(&dims, self.act, self.device.caps()) else {
+        let Some(kernel) = self.choose(&dims) else {
             return Err(self.unsupported(&dims));
         };
         let inputs = [bytemuck::cast_slice::<u32, u8>(filter), bytemuck::cast_slice(floors)];
