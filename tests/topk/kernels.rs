@@ -60,7 +60,7 @@ fn check(spec: &OpSpec, dims: &Dims, tensors: &[HostTensor], most: f64, what: &s
     };
     let codes = spec.format == "i8";
     let (q, rows) = (decode("q", codes.then_some("q_scales")), decode("rows", codes.then_some("scales")));
-    let (filter, floor) = (tensor("filter").u32(), tensor("floor").f32());
+    let (filter, floor) = (tensor("mask").u32(), tensor("floor").f32());
     let norm = |x: &[f64]| x.iter().map(|v| v * v).sum::<f64>().sqrt();
     let longest = rows.iter().map(|row| norm(row)).fold(0.0, f64::max);
     let (ids, scores) = (tensor("ids").u32(), tensor("scores").f32());

@@ -18,11 +18,11 @@ use crate::Error;
 /// Codes of N rows.
 #[derive(Clone)]
 pub struct Codes<'a> {
-    /// [N, d counted up to a multiple of 16], −127 to 127, padded with zeros.
+    /// `[N, d counted up to a multiple of 16]`, −127 to 127, padded with zeros.
     pub codes: Cow<'a, [i8]>,
-    /// [N].
+    /// `[N]`.
     pub scales: Cow<'a, [f32]>,
-    /// [N]: norms of what the codes leave out, rounded up.
+    /// `[N]`: norms of what the codes leave out, rounded up.
     pub residuals: Cow<'a, [f32]>,
 }
 

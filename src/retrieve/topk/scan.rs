@@ -2,6 +2,7 @@
 //! copied to.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use rayon::prelude::*;
 
@@ -59,12 +60,26 @@ pub struct Pass<'a> {
     residual: f64,
     /// The largest `score_error` of a kernel that a launch may take.
     relative: f64,
+    /// On a device with memory of its own, whose kernels ask for finite rows: a bit for each row that is, where some
+    /// are not.
+    finite: Option<Arc<Vec<u32>>>,
 }
 
 struct Slab {
     rows: Range<usize>,
     /// The rows' arguments on the device.
     resident: Option<Vec<Buffer>>,
+}
+
+/// A bit for each row of finite numbers; none where all are.
+fn finite_rows(corpus: &Corpus<'_>) -> Option<Vec<u32>> {
+    let d = corpus.d.max(1);
+    let finite: Vec<bool> = match corpus.exact() {
+        Exact::F32(rows) => rows.par_chunks(d).map(|row| row.iter().all(|v| v.is_finite())).collect(),
+        Exact::F16(rows) => rows.par_chunks(d).map(|row| row.iter().all(|v| v.is_finite())).collect(),
+    };
+    let word = |rows: &[bool]| rows.iter().enumerate().fold(0, |word, (bit, &set)| word | u32::from(set) << bit);
+    (!finite.iter().all(|&set| set)).then(|| finite.chunks(32).map(word).collect())
 }
 
 impl<'a> Pass<'a> {
@@ -81,6 +96,8 @@ impl<'a> Pass<'a> {
         for act in [Dtype::BF16, Dtype::F16, Dtype::F32] {
             wanted.push((exact, act, Stored::Exact(corpus.exact())));
         }
+        let on_host = device.caps().kind == DeviceKind::Cpu;
+        let finite = if on_host { None } else { finite_rows(corpus).map(Arc::new) };
         let mut passes: Vec<Pass<'a>> = Vec::new();
         for (spec, act, stored) in wanted {
             let kind = device.caps().kind;
@@ -93,7 +110,17 @@ impl<'a> Pass<'a> {
                 Stored::Codes(codes) => codes.largest_residual() as f64,
                 Stored::Exact(_) => 0.0,
             };
-            let mut pass = Pass { device, spec, act, stored, d: corpus.d, slabs: Vec::new(), residual, relative };
+            let mut pass = Pass {
+                device,
+                spec,
+                act,
+                stored,
+                d: corpus.d,
+                slabs: Vec::new(),
+                residual,
+                relative,
+                finite: finite.clone(),
+            };
             pass.slabs = pass.cut(corpus.len());
             // What a later pass scans is scanned seldom: it passes through.
             if passes.is_empty() {
@@ -178,6 +205,15 @@ impl<'a> Pass<'a> {
         least: &[Option<f32>],
         filter: Option<&[u32]>,
     ) -> Result<Vec<Candidates>, Error> {
+        let both: Vec<u32>;
+        let filter = match (&self.finite, filter) {
+            (Some(finite), Some(words)) => {
+                both = words.iter().zip(finite.iter()).map(|(a, b)| a & b).collect();
+                Some(&both[..])
+            }
+            (Some(finite), None) => Some(&finite[..]),
+            (None, filter) => filter,
+        };
         let (query_args, errors) = self.prepare(queries);
         // With codes or few bits many rows lie near the k-th; else next to none.
         let margin = match self.stored {
