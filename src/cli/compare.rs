@@ -27,7 +27,7 @@ use super::{note, print_json, ChecksFailed, Common, Interrupted, ModelFlag, Prec
 /// fields, such as "{answer} [{topic}]"; "context", shown in every arm in place of passages; "group", questions that
 /// are not independent. Training rows may have the same keys, or be any row that finetune takes.
 ///
-/// Base and RAG are asked with the better of two prompts, without and with examples, chosen on --dev or on training
+/// Base and RAG are asked with the best of some prompts, without and with examples, chosen on --dev or on training
 /// rows kept apart. One adapter, trained with passages in part of its rows, serves lora and lora_rag.
 ///
 /// With --json: recommendation, choice, reasons, would_change, warnings, arms: {base, lora, rag, lora_rag:

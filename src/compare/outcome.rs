@@ -112,8 +112,8 @@ impl Summary {
 pub struct ArmOutcome {
     /// Which.
     pub arm: Arm,
-    /// How many examples its prompt shows.
-    pub shots: usize,
+    /// What its prompt shows.
+    pub style: Style,
     /// Its answers, one a question.
     pub answers: Vec<Answered>,
     /// How they were judged.
@@ -194,13 +194,39 @@ pub struct HitRate {
     pub at_k: f64,
 }
 
+/// What a prompt shows beside the question.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Style {
+    /// Examples.
+    pub shots: usize,
+    /// Passages with the question, and with each example; 0 for arms that retrieve none.
+    pub passages: usize,
+}
+
+impl Style {
+    /// An arm that shows it, for people.
+    pub fn name(self, arm: Arm) -> String {
+        let passages = match self.passages {
+            0 => String::new(),
+            1 => ", 1 passage".into(),
+            n => format!(", {n} passages"),
+        };
+        let examples = match self.shots {
+            0 => "no examples".into(),
+            n => format!("{n} examples"),
+        };
+        format!("{}{passages}, {examples}", arm.name())
+    }
+}
+
 /// A prompt that was tried on development questions.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Variant {
     /// Base or rag.
     pub arm: Arm,
-    /// Examples in it.
-    pub shots: usize,
+    /// What it shows.
+    #[serde(flatten)]
+    pub style: Style,
     /// Mean F1 of the answer part.
     pub f1: f64,
     /// Right and in form.
@@ -360,7 +386,8 @@ impl Outcome {
                 "peak_bytes": arm.peak_bytes,
                 "seconds_per_question": arm.seconds(),
                 "retrieve_s": arm.retrieve_s,
-                "shots": arm.shots,
+                "shots": arm.style.shots,
+                "passages": arm.style.passages,
                 "intervals": summary(&arm.all),
                 "kinds": kinds.collect::<Map<_, _>>(),
             });

@@ -281,7 +281,7 @@ impl Facts<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::outcome::{pairs, summary, Score};
+    use super::super::outcome::{pairs, summary, Score, Style};
     use super::super::stats::Interval;
     use super::*;
 
@@ -302,7 +302,8 @@ mod tests {
             let scores: Vec<Score> = (0..n).map(|i| score(i < right)).collect();
             let all = summary(&scores, &groups, |_| true, 1);
             let kinds = vec![all.clone()];
-            ArmOutcome { arm, shots: 0, answers: vec![], scores, all, kinds, peak_bytes: None, retrieve_s: 0.0 }
+            let style = Style { shots: 0, passages: 0 };
+            ArmOutcome { arm, style, answers: vec![], scores, all, kinds, peak_bytes: None, retrieve_s: 0.0 }
         };
         Arm::ALL.into_iter().zip(right).map(arm).collect()
     }

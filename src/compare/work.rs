@@ -11,7 +11,7 @@ use serde_json::{json, Value};
 
 use super::arms::{self, Answered, Arm, Prompt};
 use super::inputs::{self, Inputs};
-use super::outcome::{self, ArmOutcome, Forgetting, HitRate, Outcome, Variant};
+use super::outcome::{self, ArmOutcome, Forgetting, HitRate, Outcome, Style, Variant};
 use super::prompt::Example;
 use super::questions::{Question, TrainRow};
 use super::recommend::Facts;
@@ -98,10 +98,9 @@ impl Work<'_> {
     fn all(&mut self) -> Result<Outcome, Halt> {
         let (keys, retrieved) = self.retrieve()?;
         let variants = self.choose(&keys, &retrieved)?;
-        let shots = |arm: Arm| variants.iter().find(|v| v.arm == arm && v.chosen).map_or(0, |v| v.shots);
         let mut arms: Vec<(Arm, Vec<Answered>, Option<u64>)> = Vec::new();
         for arm in [Arm::Base, Arm::Rag] {
-            arms.push(self.arm(arm, shots(arm), None, &keys, &retrieved)?);
+            arms.push(self.arm(arm, self.style(arm, &variants), None, &keys, &retrieved)?);
         }
         let share = if self.config.separate { 1.0 } else { self.config.context_share };
         let both = self.train("adapter", share, &keys, &retrieved)?;
@@ -114,12 +113,20 @@ impl Work<'_> {
                 Some(bare) if arm == Arm::Lora => ("adapter-bare", bare),
                 _ => ("adapter", &both),
             };
-            arms.push(self.arm(arm, 0, Some((name, trained)), &keys, &retrieved)?);
+            arms.push(self.arm(arm, self.style(arm, &variants), Some((name, trained)), &keys, &retrieved)?);
         }
         arms.sort_by_key(|arm| arm.0 as usize);
         let forgetting = self.forgetting(&both, bare.as_ref())?;
         self.tell("judging", 0, 0, "intervals and tests")?;
         self.judge(retrieved, variants, arms, &both, bare.as_ref(), forgetting)
+    }
+
+    /// What an arm's prompt shows: what was chosen on development questions; else all passages and no example, as an
+    /// adapter was trained.
+    fn style(&self, arm: Arm, variants: &[Variant]) -> Style {
+        let passages = if arm.retrieves() { self.config.passages } else { 0 };
+        let chosen = variants.iter().find(|v| v.arm == arm && v.chosen);
+        chosen.map_or(Style { shots: 0, passages }, |v| v.style)
     }
 
     /// Opens the index, built where it is not there.
@@ -222,16 +229,16 @@ impl Work<'_> {
     fn prompts(
         &self,
         arm: Arm,
-        shots: usize,
+        style: Style,
         questions: &[Question],
         found: &[Vec<Passage>],
         retrieved: &Retrieved,
     ) -> Result<Vec<Prompt>, Halt> {
         let Some(model) = &self.model else { return Ok(Vec::new()) };
         let (form, config) = (&self.inputs.form, self.config);
-        let texts = |passages: &[Passage]| passages.iter().map(Passage::note).collect::<Vec<String>>();
+        let texts = |found: &[Passage]| found.iter().take(style.passages).map(Passage::note).collect::<Vec<String>>();
         let mut shown = Vec::new();
-        for &row in self.inputs.shots.iter().take(shots) {
+        for &row in self.inputs.shots.iter().take(style.shots) {
             if let TrainRow::Asked(question) = &self.inputs.train[row] {
                 let notes = if arm.retrieves() { texts(&retrieved.train[row]) } else { Vec::new() };
                 let reply = form.expected(question).map_err(Error::Request)?;
@@ -264,7 +271,7 @@ impl Work<'_> {
         Ok(prompts)
     }
 
-    /// Tries prompts without and with examples on the development questions, for base and rag.
+    /// Tries prompts on the development questions: without and with examples, and for rag with one passage and with all.
     fn choose(&mut self, keys: &Keys, retrieved: &Retrieved) -> Result<Vec<Variant>, Halt> {
         let dev = self.inputs.dev.clone();
         let few = self.inputs.shots.len();
@@ -272,19 +279,29 @@ impl Work<'_> {
         if dev.is_empty() || few == 0 {
             return Ok(variants);
         }
-        let (mut done, total) = (0, 4 * dev.len());
+        // A small model may be lost in many passages, and copy what examples say.
+        let all = self.config.passages;
+        let widths = |arm: Arm| match arm {
+            Arm::Base => vec![0],
+            _ if all == 1 => vec![1],
+            _ => vec![1, all],
+        };
+        let (mut done, total) = (0, 2 * (1 + widths(Arm::Rag).len()) * dev.len());
         for arm in [Arm::Base, Arm::Rag] {
-            for shots in [0, few] {
-                let name = format!("dev-{}-{shots}", arm.key());
-                let key = json!({ "basis": self.basis(), "rows": keys.rows, "shots": shots,
+            let first = variants.len();
+            let styles = widths(arm).into_iter().flat_map(|passages| [0, few].map(|shots| Style { shots, passages }));
+            for style in styles {
+                let Style { shots, passages } = style;
+                let name = format!("dev-{}-{shots}-{passages}", arm.key());
+                let key = json!({ "basis": self.basis(), "rows": keys.rows, "shots": shots, "shown": passages,
                     "max_tokens": self.config.max_tokens });
                 let mut records = Records::<Answered>::open(&self.config.out, &name, &stages::key(&key))?;
                 if records.done.len() < dev.len() {
                     self.open_model()?;
-                    let prompts = self.prompts(arm, shots, &dev, &retrieved.dev, retrieved)?;
+                    let prompts = self.prompts(arm, style, &dev, &retrieved.dev, retrieved)?;
                     let model = self.model.as_ref().ok_or(Halt::Interrupted)?;
                     let watch = &mut self.watch;
-                    let what = format!("questions, {} with {shots} examples", arm.name());
+                    let what = format!("questions, {}", style.name(arm));
                     arms::answer(model, &prompts, self.config.max_tokens, &mut records, &mut |count| {
                         let done = done + count;
                         watch(&Progress { stage: "choosing prompts", done, total, what: what.clone() })
@@ -295,17 +312,19 @@ impl Work<'_> {
                 let mean = |of: fn(&outcome::Score) -> f64| scores.iter().map(of).sum::<f64>() / scores.len() as f64;
                 variants.push(Variant {
                     arm,
-                    shots,
+                    style,
                     f1: mean(|s| s.f1),
                     strict: mean(|s| s.strict),
                     present: mean(|s| s.answer_present),
                     chosen: false,
                 });
             }
-            let two = variants.len() - 2..variants.len();
-            // F1 of the answer part: right answers in any form count, in form they count more. Ties: the shorter.
-            let best = if variants[two.start + 1].f1 > variants[two.start].f1 { two.start + 1 } else { two.start };
-            variants[best].chosen = true;
+            // F1 of the answer part: right answers in any form count, in form they count more. Ties: the earlier.
+            let better = |best: usize, i: usize| if variants[i].f1 > variants[best].f1 { i } else { best };
+            let best = (first..variants.len()).reduce(better);
+            if let Some(best) = best {
+                variants[best].chosen = true;
+            }
         }
         Ok(variants)
     }
@@ -314,15 +333,15 @@ impl Work<'_> {
     fn arm(
         &mut self,
         arm: Arm,
-        shots: usize,
+        style: Style,
         adapter: Option<(&str, &Trained)>,
         keys: &Keys,
         retrieved: &Retrieved,
     ) -> Result<(Arm, Vec<Answered>, Option<u64>), Halt> {
         let hashes = &self.inputs.hashes;
         let key = stages::key(&json!({ "basis": self.basis(), "questions": hashes["questions"],
-            "limit": self.config.limit, "seed": self.config.seed, "shots": shots,
-            "examples": if shots > 0 { json!(keys.rows) } else { Value::Null },
+            "limit": self.config.limit, "seed": self.config.seed, "shots": style.shots, "shown": style.passages,
+            "examples": if style.shots > 0 { json!(keys.rows) } else { Value::Null },
             "retrieved": if arm.retrieves() { json!(keys.passages) } else { Value::Null },
             "max_tokens": self.config.max_tokens, "adapter": adapter.map(|(_, trained)| &trained.sha256) }));
         let name = format!("answers-{}", arm.key());
@@ -344,7 +363,7 @@ impl Work<'_> {
         }
         reset_peak();
         let questions = &self.inputs.questions;
-        let prompts = self.prompts(arm, shots, questions, &retrieved.questions, retrieved)?;
+        let prompts = self.prompts(arm, style, questions, &retrieved.questions, retrieved)?;
         let (model, watch) = (self.model.as_ref().ok_or(Halt::Interrupted)?, &mut self.watch);
         let answered = arms::answer(model, &prompts, self.config.max_tokens, &mut records, &mut |done| {
             watch(&Progress { stage: "answering", done, total, what: format!("questions, {}", arm.name()) })
@@ -452,14 +471,13 @@ impl Work<'_> {
                 kinds.push(question.kind.clone());
             }
         }
-        let shots = |arm: Arm| variants.iter().find(|v| v.arm == arm && v.chosen).map_or(0, |v| v.shots);
         let arms: Vec<ArmOutcome> = (arms.into_iter())
             .map(|(arm, answers, peak_bytes)| {
                 let scores = outcome::scores(questions, &answers, &inputs.form);
                 let kind = |kind: &String| outcome::summary(&scores, &groups, |i| questions[i].kind == *kind, seed);
                 ArmOutcome {
                     arm,
-                    shots: shots(arm),
+                    style: self.style(arm, &variants),
                     all: outcome::summary(&scores, &groups, |_| true, seed),
                     kinds: kinds.iter().map(kind).collect(),
                     answers,

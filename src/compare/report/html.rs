@@ -235,7 +235,7 @@ fn retrieval(outcome: &Outcome) -> String {
     if !outcome.variants.is_empty() {
         let _ = write!(
             html,
-            "<p>Base and RAG were asked with the prompt that did better on {} development questions (token F1 of the \
+            "<p>Base and RAG were asked with the prompt that did best on {} development questions (token F1 of the \
              answer part); the arms with an adapter as they were trained, without examples.</p><div class=\"scroll\">\
              <table><thead><tr><th scope=\"col\">prompt</th><th scope=\"col\">token F1</th><th scope=\"col\">answer \
              present</th><th scope=\"col\">right and in form</th></tr></thead><tbody>",
@@ -243,10 +243,7 @@ fn retrieval(outcome: &Outcome) -> String {
         );
         for v in &outcome.variants {
             let taken = if v.chosen { "taken" } else { "" };
-            let name = match v.shots {
-                0 => format!("{}, no examples", v.arm.name()),
-                n => format!("{}, {n} examples", v.arm.name()),
-            };
+            let name = v.style.name(v.arm);
             let cells =
                 vec![(share(v.f1), String::new()), (share(v.present), String::new()), (share(v.strict), String::new())];
             html += &row(&name, taken, cells, &[v.chosen, false, false]);
