@@ -1,4 +1,4 @@
-// weights_nf4: W[N,K] in blocks of 64 codes of 16 levels, level·absmax     format: src/quant/nf4.rs
+// weights_nf4: W[N,K] in blocks of 64 codes of 16 levels, level·absmax; nf4dq too     format: src/quant/nf4.rs
 //
 // K is a multiple of 64, so a word of codes lies in one row and one block.
 

@@ -1,7 +1,7 @@
-// weights_nf4_rows: eight rows of W in nf4, four columns an invocation; for qmatmul_t_broadcast
+// weights_nf4_rows: eight rows of W in nf4 or nf4dq, four columns an invocation; for qmatmul_t_broadcast
 //
 // A lane reads 32 columns of row n + lane with their absmax, and every lane asks it for its own four. Levels:
-// weights_nf4_scales.
+// weights_nf4_scales or weights_nf4dq_scales, which follows.
 
 @group(0) @binding(1) var<storage, read> codes: array<vec4<u32>>;       // u4[N,K], a byte's first one high
 

@@ -1,4 +1,4 @@
-// weights_nf4_x4: four rows of W in nf4 at a time, 32 columns of each; weights_nf4_scales and weights_x4 follow
+// weights_nf4_x4: four rows of W in nf4 or nf4dq at a time, 32 columns of each; scales and weights_x4 follow
 
 @group(0) @binding(1) var<storage, read> codes: array<vec4<u32>>;       // u4[N,K], a byte's first one high
 

@@ -272,19 +272,20 @@ macro_rules! ptx {
 /// so that the lines in messages about the kernel are its file's.
 macro_rules! wgsl {
     ($stem:literal $(+ $part:literal)*, $launch:expr, $supports:expr) => {
-        $crate::op::Kernel {
-            stem: $stem,
-            source: $crate::op::Source::Wgsl(&[
-                $crate::op::file!(concat!("shaders/", $stem, ".wgsl")),
-                $($crate::op::file!(concat!("shaders/", $part, ".wgsl")),)*
-            ]),
-            act: $crate::tensor::Dtype::F32,
-            launch: $launch,
-            supports: $supports,
-        }
+        $crate::op::shaders(
+            $stem,
+            &[$crate::op::shader!($stem), $($crate::op::shader!($part),)*],
+            $launch,
+            $supports,
+        )
     };
 }
-pub(crate) use {file, ptx, wgsl};
+
+/// `shaders/<words>.wgsl`.
+macro_rules! shader {
+    ($($word:literal)*) => { $crate::op::file!(concat!("shaders/", $($word,)* ".wgsl")) };
+}
+pub(crate) use {file, ptx, shader, wgsl};
 
 /// For Rust kernels.
 pub fn no_grid(_: &Dims) -> Launch {
@@ -515,6 +516,16 @@ pub const fn output(name: &'static str, dtype: ArgType, shape: &'static [&'stati
 /// An argument that is read and written.
 pub const fn inout(name: &'static str, dtype: ArgType, shape: &'static [&'static str], fill: Fill) -> Arg {
     Arg { name, dtype, shape, role: Role::InOut, fill }
+}
+
+/// A WGSL kernel with f32 activations: its own file first, then those it shares with others.
+pub const fn shaders(
+    stem: &'static str,
+    files: &'static [File],
+    launch: fn(&Dims) -> Launch,
+    supports: fn(&Dims, &Caps) -> bool,
+) -> Kernel {
+    Kernel { stem, source: Source::Wgsl(files), act: Dtype::F32, launch, supports }
 }
 
 /// A Rust kernel with f32 activations.

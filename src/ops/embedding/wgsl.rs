@@ -12,7 +12,7 @@ pub const KERNELS_Q8: &[Kernel] =
 pub const KERNELS_NF4: &[Kernel] =
     &[wgsl!("embedding_nf4_rows" + "weights_nf4" + "weights_nf4_scales", one_element_an_invocation, always)];
 pub const KERNELS_NF4DQ: &[Kernel] =
-    &[wgsl!("embedding_nf4dq_rows" + "weights_nf4dq" + "weights_nf4dq_scales", one_element_an_invocation, always)];
+    &[wgsl!("embedding_nf4dq_rows" + "weights_nf4" + "weights_nf4dq_scales", one_element_an_invocation, always)];
 
 fn one_element_an_invocation(d: &Dims) -> Launch {
     Launch { grid: [d["K"].div_ceil(64) as u32, d["M"] as u32, 1], block: [64, 1, 1], shared_bytes: 0 }

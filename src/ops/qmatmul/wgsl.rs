@@ -24,60 +24,56 @@ const MANY_ROWS: usize = 5;
 /// `subgroup` 0.8 at one and 1.3 at two.
 const BROADCAST_ROWS: usize = 3;
 
-/// `shaders/<words>.wgsl`.
-macro_rules! shader {
-    ($($word:literal)*) => { crate::op::file!(concat!("shaders/", $($word,)* ".wgsl")) };
-}
-
-/// A format's rungs, the scales' file too where there is one.
+/// A format's rungs: its word, that of the files that decode its weights, and the scales' file where there is one. The
+/// codes of nf4dq are nf4's.
 macro_rules! kernels {
-    ($name:ident, $word:literal $(, $scales:literal)? $(; $own:expr)?) => {
+    ($name:ident, $word:literal, $weights:literal $(, $scales:literal)? $(; $own:expr)?) => {
         pub const $name: &[Kernel] = &[
-            rung(
+            shaders(
                 concat!("qmatmul_", $word, "_naive"),
-                &[shader!("qmatmul_" $word "_naive"), NAIVE, shader!("weights_" $word), $(shader!($scales),)? TAIL],
+                &[shader!("qmatmul_" $word "_naive"), NAIVE, shader!("weights_" $weights), $(shader!($scales),)? TAIL],
                 one_output_an_invocation,
                 always,
             ),
-            rung(
+            shaders(
                 concat!("qmatmul_", $word, "_tiled"),
-                &[shader!("qmatmul_" $word "_tiled"), TILED, shader!("weights_" $word), $(shader!($scales),)? TAIL],
+                &[shader!("qmatmul_" $word "_tiled"), TILED, shader!("weights_" $weights), $(shader!($scales),)? TAIL],
                 tiles_64x64,
                 many_rows,
             ),
             $($own,)?
-            rung(
+            shaders(
                 concat!("qmatmul_", $word, "_workgroup"),
                 &[
                     shader!("qmatmul_" $word "_workgroup"), WORKGROUP, GEMV,
-                    shader!("weights_" $word "_x4"), X4, $(shader!($scales),)? TAIL,
+                    shader!("weights_" $weights "_x4"), X4, $(shader!($scales),)? TAIL,
                 ],
                 sixteen_rows_with_tree,
                 few_rows,
             ),
-            rung(
+            shaders(
                 concat!("qmatmul_", $word, "_subgroup"),
                 &[
                     shader!("qmatmul_" $word "_subgroup"), SUBGROUP, GEMV,
-                    shader!("weights_" $word "_x4"), X4, $(shader!($scales),)? TAIL,
+                    shader!("weights_" $weights "_x4"), X4, $(shader!($scales),)? TAIL,
                 ],
                 sixteen_rows,
                 few_rows_subgroups,
             ),
-            rung(
+            shaders(
                 concat!("qmatmul_", $word, "_broadcast"),
                 &[
                     shader!("qmatmul_" $word "_broadcast"), BROADCAST,
-                    shader!("weights_" $word "_x4"), X4, $(shader!($scales),)? TAIL,
+                    shader!("weights_" $weights "_x4"), X4, $(shader!($scales),)? TAIL,
                 ],
                 tiles_64x16,
                 on_a_processor,
             ),
-            x_in_f16(rung(
+            x_in_f16(shaders(
                 concat!("qmatmul_", $word, "_coopmat"),
                 &[
                     shader!("qmatmul_" $word "_coopmat"), COOPMAT,
-                    shader!("weights_" $word), $(shader!($scales),)? TAIL,
+                    shader!("weights_" $weights), $(shader!($scales),)? TAIL,
                 ],
                 tiles_of_subgroups,
                 subgroups_of_32,
@@ -85,21 +81,21 @@ macro_rules! kernels {
         ];
     };
 }
-kernels!(KERNELS_F32, "f32");
-kernels!(KERNELS_F16, "f16");
-kernels!(KERNELS_BF16, "bf16");
-kernels!(KERNELS_Q4, "q4", "weights_q4_scales");
+kernels!(KERNELS_F32, "f32", "f32");
+kernels!(KERNELS_F16, "f16", "f16");
+kernels!(KERNELS_BF16, "bf16", "bf16");
+kernels!(KERNELS_Q4, "q4", "q4", "weights_q4_scales");
 kernels!(
-    KERNELS_Q8, "q8", "weights_q8_scales";
-    rung(
+    KERNELS_Q8, "q8", "q8", "weights_q8_scales";
+    shaders(
         "qmatmul_q8_dot4i8",
         &[shader!("qmatmul_q8_dot4i8"), shader!("weights_q8_scales"), TAIL],
         sixteen_rows_with_bytes,
         few_rows,
     )
 );
-kernels!(KERNELS_NF4, "nf4", "weights_nf4_scales");
-kernels!(KERNELS_NF4DQ, "nf4dq", "weights_nf4dq_scales");
+kernels!(KERNELS_NF4, "nf4", "nf4", "weights_nf4_scales");
+kernels!(KERNELS_NF4DQ, "nf4dq", "nf4", "weights_nf4dq_scales");
 
 const NAIVE: File = shader!("qmatmul_naive");
 const WORKGROUP: File = shader!("qmatmul_workgroup");
@@ -110,15 +106,6 @@ const BROADCAST: File = shader!("qmatmul_broadcast");
 const COOPMAT: File = shader!("qmatmul_coopmat");
 const X4: File = shader!("weights_x4");
 const TAIL: File = shader!("qmatmul_tail");
-
-const fn rung(
-    stem: &'static str,
-    files: &'static [File],
-    launch: fn(&Dims) -> Launch,
-    supports: fn(&Dims, &Caps) -> bool,
-) -> Kernel {
-    Kernel { stem, source: Source::Wgsl(files), act: Dtype::F32, launch, supports }
-}
 
 /// A kernel whose activations, and what it rounds, are f16.
 const fn x_in_f16(kernel: Kernel) -> Kernel {

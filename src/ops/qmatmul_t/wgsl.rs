@@ -10,33 +10,27 @@
 //! `weights_<format>`, the same files as `qmatmul`'s, or `weights_<format>_rows`, eight rows at a time.
 
 use crate::op::*;
-use crate::tensor::Dtype;
 
-/// `shaders/<words>.wgsl`.
-macro_rules! shader {
-    ($($word:literal)*) => { crate::op::file!(concat!("shaders/", $($word,)* ".wgsl")) };
-}
-
-/// A format's rungs, the scales' file too where there is one.
+/// A format's rungs: its word, that of the files that decode its weights, and the scales' file where there is one.
 macro_rules! kernels {
-    ($name:ident, $word:literal $(, $scales:literal)?) => {
+    ($name:ident, $word:literal, $weights:literal $(, $scales:literal)?) => {
         pub const $name: &[Kernel] = &[
-            rung(
+            shaders(
                 concat!("qmatmul_t_", $word, "_naive"),
-                &[shader!("qmatmul_t_" $word "_naive"), NAIVE, shader!("weights_" $word), $(shader!($scales),)?],
+                &[shader!("qmatmul_t_" $word "_naive"), NAIVE, shader!("weights_" $weights), $(shader!($scales),)?],
                 one_element_an_invocation,
                 always,
             ),
-            rung(
+            shaders(
                 concat!("qmatmul_t_", $word, "_tiled"),
-                &[shader!("qmatmul_t_" $word "_tiled"), TILED, shader!("weights_" $word), $(shader!($scales),)?],
+                &[shader!("qmatmul_t_" $word "_tiled"), TILED, shader!("weights_" $weights), $(shader!($scales),)?],
                 tiles_64x64,
                 always,
             ),
-            rung(
+            shaders(
                 concat!("qmatmul_t_", $word, "_broadcast"),
                 &[
-                    shader!("qmatmul_t_" $word "_broadcast"), BROADCAST, shader!("weights_" $word "_rows"),
+                    shader!("qmatmul_t_" $word "_broadcast"), BROADCAST, shader!("weights_" $weights "_rows"),
                     $(shader!($scales),)?
                 ],
                 tiles_32x16,
@@ -45,26 +39,17 @@ macro_rules! kernels {
         ];
     };
 }
-kernels!(KERNELS_F32, "f32");
-kernels!(KERNELS_F16, "f16");
-kernels!(KERNELS_BF16, "bf16");
-kernels!(KERNELS_Q4, "q4", "weights_q4_scales");
-kernels!(KERNELS_Q8, "q8", "weights_q8_scales");
-kernels!(KERNELS_NF4, "nf4", "weights_nf4_scales");
-kernels!(KERNELS_NF4DQ, "nf4dq", "weights_nf4dq_scales");
+kernels!(KERNELS_F32, "f32", "f32");
+kernels!(KERNELS_F16, "f16", "f16");
+kernels!(KERNELS_BF16, "bf16", "bf16");
+kernels!(KERNELS_Q4, "q4", "q4", "weights_q4_scales");
+kernels!(KERNELS_Q8, "q8", "q8", "weights_q8_scales");
+kernels!(KERNELS_NF4, "nf4", "nf4", "weights_nf4_scales");
+kernels!(KERNELS_NF4DQ, "nf4dq", "nf4", "weights_nf4dq_scales");
 
 const NAIVE: File = shader!("qmatmul_t_naive");
 const TILED: File = shader!("qmatmul_t_tiled");
 const BROADCAST: File = shader!("qmatmul_t_broadcast");
-
-const fn rung(
-    stem: &'static str,
-    files: &'static [File],
-    launch: fn(&Dims) -> Launch,
-    supports: fn(&Dims, &Caps) -> bool,
-) -> Kernel {
-    Kernel { stem, source: Source::Wgsl(files), act: Dtype::F32, launch, supports }
-}
 
 fn one_element_an_invocation(d: &Dims) -> Launch {
     Launch { grid: [d["K"].div_ceil(64) as u32, d["M"] as u32, 1], block: [64, 1, 1], shared_bytes: 0 }
