@@ -10,8 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gguf
-
 ROOT = Path(__file__).resolve().parents[2]
 BUSY = 0.3  # load of the machine above which its figures should not be quoted
 
@@ -30,6 +28,8 @@ def smollm2():
 
 def make_variant(source, variant, path):
     """Writes the model at `source` with matrices in another type; values come from the file's own."""
+    import gguf
+
     kinds = gguf.GGMLQuantizationType
     reader = gguf.GGUFReader(source)
     arch = reader.fields["general.architecture"].contents()

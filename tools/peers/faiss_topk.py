@@ -16,7 +16,6 @@ the figures; the load is recorded.
 """
 
 import argparse
-import datetime
 import importlib.metadata
 import json
 import os
@@ -28,22 +27,11 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-BUSY = 0.3  # load of the machine above which its figures should not be quoted
+sys.dont_write_bytecode = True
+import common
+from common import Failed, spread
+
 FORMATS = ["f32", "f16", "i8"]
-
-
-class Failed(Exception):
-    """Told in one sentence; exit code 1."""
-
-
-def build():
-    """The tool as it is released."""
-    command = ["cargo", "build", "--release", "--locked", "--bin", "handmill"]
-    if subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL).returncode != 0:
-        raise Failed("the tool does not build (see above)")
-    target = os.environ.get("CARGO_TARGET_DIR") or ROOT / "target"
-    return Path(target, "release", "handmill")
 
 
 def random_vectors(count, d, seed):
@@ -155,37 +143,13 @@ def check_ids(what, ids, truth, scores, apart):
     return int((ids != truth[:, :k]).sum())
 
 
-def processor():
-    """The name the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def commit():
-    """Of this checkout, with a plus where files are changed; none outside a repository."""
-    git = lambda *words: subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True)
-    head = git("rev-parse", "--short=12", "HEAD")
-    if head.returncode != 0:
-        return None
-    return head.stdout.strip() + ("+" if git("status", "--porcelain", "-uno").stdout.strip() else "")
-
-
-def spread(samples):
-    return {"median": statistics.median(samples), "min": min(samples), "max": max(samples), "samples": samples}
-
-
 def measure(binary, args):
     import faiss
     import numpy as np
 
     faiss.omp_set_num_threads(args.threads)
     faiss.cvar.distance_compute_blas_threshold = 1
-    load = os.getloadavg()[0]
-    if load > BUSY:
-        print(f"the machine is busy (load {load:.2f}): do not quote these figures", file=sys.stderr)
+    load = common.load()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         corpus_path, queries_path = args.corpus, args.queries
@@ -232,18 +196,18 @@ def measure(binary, args):
                 samples[name].append(repeated(peer, queries, args))
     base = statistics.median(samples["faiss f32"])
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": common.now(),
         "what": "exact top-k of a batch, ms",
         "corpus": args.name or (Path(args.corpus).name if args.corpus else "random"),
         "n": len(corpus),
         "d": corpus.shape[1],
         "queries": len(queries),
         "k": args.k,
-        "processor": processor(),
+        "processor": common.processor(),
         "threads": args.threads,
         "load_before": load,
         "versions": {
-            "commit": commit(),
+            "commit": common.commit(),
             "faiss": importlib.metadata.version("faiss-cpu"),
             "faiss_options": faiss.get_compile_options().strip(),
             "numpy": importlib.metadata.version("numpy"),
@@ -294,12 +258,10 @@ def main():
     except ImportError as missing:
         sys.exit(f"faiss_topk.py: {missing}: pip install --only-binary :all: faiss-cpu numpy")
     try:
-        row = measure(args.binary or build(), args)
+        row = measure(args.binary or common.build("build", "--release", "--bin", "handmill"), args)
         show(row)
         if args.record:
-            args.record.parent.mkdir(parents=True, exist_ok=True)
-            with open(args.record, "a", encoding="utf-8") as f:
-                f.write(json.dumps(row) + "\n")
+            common.append(args.record, row)
     except (Failed, OSError) as error:
         sys.exit(f"faiss_topk.py: {error}")
 

@@ -30,6 +30,7 @@ from pathlib import Path
 sys.dont_write_bytecode = True
 try:
     import common
+    import gguf  # common.make_variant needs it
     import xllamacpp
 except ImportError as missing:
     sys.exit(f"llama_cpp.py: {missing}: pip install --only-binary :all: xllamacpp gguf")

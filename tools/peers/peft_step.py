@@ -30,9 +30,10 @@ from pathlib import Path
 sys.dont_write_bytecode = True
 try:
     import common
+    import gguf  # common.make_variant needs it
     from safetensors import numpy as safetensors
 except ImportError as missing:
-    sys.exit(f"peft: {missing}: pip install torch transformers peft gguf safetensors accelerate")
+    sys.exit(f"peft_step.py: {missing}: pip install torch transformers peft gguf safetensors accelerate")
 
 from common import ROOT, Failed, spread
 
@@ -267,9 +268,9 @@ def main():
         if args.record:
             common.append(args.record, row)
     except (Failed, OSError) as error:
-        sys.exit(f"peft: {error}")
+        sys.exit(f"peft_step.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("peft: stopped")
+        sys.exit("peft_step.py: stopped")
 
 
 if __name__ == "__main__":
