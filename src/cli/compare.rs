@@ -3,17 +3,16 @@
 mod show;
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::{Args, ValueEnum};
 use handmill::compare::{self, report, Config, Halt, Recipe};
 use handmill::quant::Format;
 use handmill::train::optimizer::Schedule;
 
 use self::show::Display;
-use super::{note, print_json, ChecksFailed, Common, Interrupted, ModelFlag, Precision, Usage};
+use super::{note, print_json, stop_on_interrupt, ChecksFailed, Common, Interrupted, ModelFlag, Precision, Usage};
 
 /// Fine-tune, retrieve, or both? Measured on your model, data and questions
 ///
@@ -150,15 +149,7 @@ impl Compare {
     pub fn run(&self) -> Result<()> {
         let config = self.config()?;
         let device = self.common.open_device()?;
-        let stop = Arc::new(AtomicBool::new(false));
-        let flag = stop.clone();
-        ctrlc::set_handler(move || {
-            // A second one ends the process where it stands.
-            if flag.swap(true, Ordering::SeqCst) {
-                std::process::exit(130);
-            }
-        })
-        .context("cannot listen for Ctrl-C")?;
+        let stop = stop_on_interrupt()?;
         let mut display = Display::default();
         let done = compare::work::run(&config, device, &mut |progress| {
             display.show(progress);

@@ -3,7 +3,7 @@
 mod show;
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
@@ -26,7 +26,7 @@ use handmill::train::step::Plan;
 use serde_json::{json, Map, Value};
 
 use self::show::{show_profile, Display};
-use super::{note, spinner, BaseFlag, Common, Interrupted, ModelFlag, Precision, Usage};
+use super::{note, spinner, stop_on_interrupt, BaseFlag, Common, Interrupted, ModelFlag, Precision, Usage};
 
 /// Train a LoRA adapter on examples, over a model's weights as they are or quantized (QLoRA)
 ///
@@ -207,15 +207,7 @@ impl Finetune {
             profiled.take(); // loading is not training
         }
 
-        let stop = Arc::new(AtomicBool::new(false));
-        let flag = stop.clone();
-        ctrlc::set_handler(move || {
-            // A second one ends the process where it stands.
-            if flag.swap(true, Ordering::SeqCst) {
-                std::process::exit(130);
-            }
-        })
-        .context("cannot listen for Ctrl-C")?;
+        let stop = stop_on_interrupt()?;
         let begun = state.step;
         let mut display = Display::new(options.steps, state.step, held_out.as_ref().map_or(0, TokenSet::len));
         let outcome = run::run(&options, &mut trainer, &train, held_out.as_ref(), &self.out, state, &mut |event| {

@@ -2,11 +2,10 @@
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::{Args, Subcommand};
 use handmill::error::quote;
 use handmill::retrieve::chunk::Chunking;
@@ -15,7 +14,7 @@ use handmill::retrieve::index::{self, Index as Opened, Options, Progress, Report
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{json, Value};
 
-use super::{human_bytes, note, open_embedder, peak_bytes, print_json, Common, Interrupted, Usage};
+use super::{human_bytes, note, open_embedder, peak_bytes, print_json, stop_on_interrupt, Common, Interrupted, Usage};
 
 /// Files left out that are named one by one.
 const TOLD: usize = 20;
@@ -212,15 +211,7 @@ fn bring(dir: &Path, files: &Files, common: &Common, all: bool) -> Result<()> {
     let embedder = open_embedder(&files.model, &device)?;
     let chunking = files.chunking(dir, embedder.max_tokens)?;
     let options = Options { chunking, save_every: Some(files.save_every) };
-    let stop = Arc::new(AtomicBool::new(false));
-    let flag = stop.clone();
-    ctrlc::set_handler(move || {
-        // A second one ends the process where it stands: the index is whole all the same.
-        if flag.swap(true, Ordering::SeqCst) {
-            std::process::exit(130);
-        }
-    })
-    .context("cannot listen for Ctrl-C")?;
+    let stop = stop_on_interrupt()?;
     let (bar, start) = (bar(), Instant::now());
     let mut show = |progress: Progress| {
         bar.set_length(progress.total);

@@ -18,6 +18,7 @@ mod verify;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -194,6 +195,20 @@ fn read_text(path: &Path) -> Result<String> {
         let line = error.as_bytes()[..at].iter().filter(|&&byte| byte == b'\n').count() + 1;
         anyhow::anyhow!("{}: line {line}: byte {at} is not UTF-8: convert the file, such as with iconv", path.display())
     })
+}
+
+/// A flag that the first Ctrl-C sets, for work that then saves what is done; a second one ends the process where it
+/// stands.
+fn stop_on_interrupt() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = stop.clone();
+    ctrlc::set_handler(move || {
+        if flag.swap(true, Ordering::SeqCst) {
+            std::process::exit(130);
+        }
+    })
+    .context("cannot listen for Ctrl-C")?;
+    Ok(stop)
 }
 
 /// Prints one JSON object.
