@@ -20,8 +20,8 @@ use super::form::Form;
 use super::metrics;
 use super::prompt;
 use super::questions::{Question, TrainRow};
-use super::retrieval::Passage;
 use crate::error::Error;
+use crate::retrieve::index::Passage;
 
 /// The rows that training takes, in order: `count` places in `rows`, shuffled anew each time through.
 pub fn order(rows: usize, count: usize, seed: u64) -> Vec<usize> {

@@ -8,9 +8,9 @@ use super::form::Form;
 use super::metrics;
 use super::questions::Question;
 use super::recommend::Recommendation;
-use super::retrieval::Passage;
 use super::stats::{self, Interval};
 use super::Costs;
+use crate::retrieve::index::Passage;
 
 /// How a reply was judged.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -11,35 +11,10 @@ use crate::device::Device;
 use crate::error::Error;
 use crate::model::generate::Embedder;
 use crate::retrieve::files;
-use crate::retrieve::index::{self, Index, Options};
+use crate::retrieve::index::{self, Index, Options, Passage};
 
 /// The index's folder below the directory.
 pub const FOLDER: &str = "index";
-
-/// A passage that was found.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Passage {
-    /// Cosine with the question.
-    pub score: f32,
-    /// The document.
-    pub path: String,
-    /// Its first and last line there.
-    pub lines: (u32, u32),
-    /// The headings that it stands under.
-    pub heading: String,
-    /// What it says.
-    pub text: String,
-}
-
-impl Passage {
-    /// What a model is shown of it.
-    pub fn note(&self) -> String {
-        match self.heading.is_empty() {
-            true => self.text.clone(),
-            false => format!("{}: {}", self.heading, self.text),
-        }
-    }
-}
 
 /// How the index was built.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -130,14 +105,6 @@ impl Retriever {
 
     /// The k best passages for each text.
     pub fn passages(&self, texts: &[&str], k: usize) -> Result<Vec<Vec<Passage>>, Error> {
-        let found = self.index.search(&*self.device, &self.embedder, texts, k, None)?;
-        let passage = |p: index::Passage| Passage {
-            score: p.score,
-            path: p.path,
-            lines: p.lines,
-            heading: p.heading,
-            text: p.text,
-        };
-        Ok(found.into_iter().map(|passages| passages.into_iter().map(passage).collect()).collect())
+        self.index.search(&*self.device, &self.embedder, texts, k, None)
     }
 }

@@ -15,7 +15,7 @@ use super::outcome::{self, ArmOutcome, Forgetting, HitRate, Outcome, Style, Vari
 use super::prompt::Example;
 use super::questions::{Question, TrainRow};
 use super::recommend::Facts;
-use super::retrieval::{Built, Passage, Retriever};
+use super::retrieval::{Built, Retriever};
 use super::stages::{self, Records};
 use super::training::{self, Trained};
 use super::{metrics, mix, stats, warnings, Config, Costs, Halt, Progress, Watch};
@@ -24,6 +24,7 @@ use crate::error::Error;
 use crate::model::adapter::Adapter;
 use crate::model::generate::{Embedder, LanguageModel};
 use crate::model::weights::LoadOptions;
+use crate::retrieve::index::Passage;
 use crate::retrieve::prompt::special_tokens;
 use crate::train::metrics::{peak_bytes, reset_peak};
 use crate::train::run;

@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use globset::{GlobBuilder, GlobMatcher};
+use serde::{Deserialize, Serialize};
 
 pub use build::{add, build, Options, Progress, Report, SAVE_EVERY};
 pub use database::Meta;
@@ -55,7 +56,7 @@ struct Part {
 }
 
 /// A passage that was found.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Passage {
     /// Its cosine with the question.
     pub score: f32,
@@ -67,6 +68,16 @@ pub struct Passage {
     pub heading: String,
     /// As it stands in the document.
     pub text: String,
+}
+
+impl Passage {
+    /// Its headings and what it says.
+    pub fn note(&self) -> String {
+        match self.heading.is_empty() {
+            true => self.text.clone(),
+            false => format!("{}: {}", self.heading, self.text),
+        }
+    }
 }
 
 /// What an index holds.
