@@ -76,7 +76,7 @@ pub(super) fn warnings(
     }
     let strict: Vec<&Pair> = pairs.iter().filter(|pair| pair.metric == "strict").collect();
     if n >= FEW && !strict.is_empty() && strict.iter().all(|pair| pair.p_holm >= LEVEL) {
-        said.push("No two arms differ by more than chance would explain.".into());
+        said.push("In what is right and in form no two arms differ by more than chance would explain.".into());
     }
     if hits.n > 0 && hits.at_k < 0.5 {
         said.push(format!(
