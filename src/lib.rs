@@ -14,6 +14,7 @@ pub mod op;
 pub mod ops;
 pub mod quant;
 pub mod retrieve;
+pub mod serve;
 pub mod tensor;
 pub mod train;
 pub mod verify;

@@ -1,0 +1,3 @@
+//! Many clients, many adapters, one model in memory.
+
+pub mod job;
