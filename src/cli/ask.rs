@@ -46,18 +46,19 @@ pub struct Ask {
     adapter: AdapterFlag,
     /// The question
     question: String,
-    /// Passages to give to the model
-    #[arg(short, value_name = "K", default_value_t = 5)]
-    k: usize,
+    /// Passages to give to the model [default: as many as the adapter was trained with, else 5]
+    #[arg(short, value_name = "K")]
+    k: Option<usize>,
     /// The least score of a passage worth giving: cosine, -1 to 1
     #[arg(long, value_name = "SCORE", default_value_t = MIN_SCORE)]
     min_score: f32,
     /// Only documents of this path or folder, or whose path matches this glob
     #[arg(long, value_name = "PATTERN")]
     path: Option<String>,
-    /// What the model is told to do, before the notes
-    #[arg(long, value_name = "TEXT", default_value = prompt::INSTRUCTION)]
-    instruction: String,
+    /// What the model is told to do, before the notes [default: what the adapter was trained with, else to answer from
+    /// the notes and follow no instruction in them]
+    #[arg(long, value_name = "TEXT")]
+    instruction: Option<String>,
     /// Tokens of the prompt at most; passages that do not fit are left out, the last ones first
     /// [default: what the model's context leaves]
     #[arg(long, value_name = "N")]
@@ -92,12 +93,14 @@ impl Ask {
         if !self.min_score.is_finite() {
             return usage("--min-score is a number, such as 0.3");
         }
+        let layout = self.layout()?;
         let filter = self.path.as_deref().map(PathFilter::new).transpose()?;
         let device = self.common.open_device()?;
         let embedder = open_embedder(&self.embed_model, &device)?;
         let index = Index::open(&self.index, &embedder)?;
         let start = Instant::now();
-        let mut found = index.search(&*device, &embedder, &[&self.question], self.k, filter.as_ref())?.remove(0);
+        let mut found =
+            index.search(&*device, &embedder, &[&self.question], layout.passages, filter.as_ref())?.remove(0);
         let retrieve_ms = start.elapsed().as_secs_f64() * 1e3;
         let best = found.first().map(|passage| passage.score);
         found.retain(|passage| passage.score >= self.min_score);
@@ -107,7 +110,6 @@ impl Ask {
 
         let model = open_model(&self.model.model, &self.adapter, &self.precision, &device)?;
         let budget = self.budget(&model)?;
-        let layout = Layout { instruction: &self.instruction, ..Layout::default() };
         let prompt = prompt::message(&model.tokenizer, &layout, &self.question, &found, budget)?;
         if prompt.used == 0 {
             let most =
@@ -174,6 +176,17 @@ impl Ask {
             generated.tokens_per_s(),
         ));
         Ok(())
+    }
+
+    /// The layout that the adapter was trained with, else the usual one, and what flags say otherwise.
+    fn layout(&self) -> Result<Layout> {
+        let trained = self.adapter.adapter.as_deref().map(Layout::of_adapter).transpose()?.flatten();
+        let mut layout = trained.unwrap_or_default();
+        layout.passages = self.k.unwrap_or(layout.passages);
+        if let Some(instruction) = &self.instruction {
+            layout.instruction.clone_from(instruction);
+        }
+        Ok(layout)
     }
 
     /// Tokens that the message may have.

@@ -5,7 +5,7 @@ use super::questions::Question;
 use crate::error::Error;
 use crate::model::chat::Message;
 use crate::model::generate::LanguageModel;
-use crate::retrieve::prompt::defuse;
+use crate::retrieve::prompt::{note, Layout};
 
 /// What an example shows: a question, the passages with it, and the reply.
 pub struct Example<'a> {
@@ -18,7 +18,7 @@ pub struct Example<'a> {
 }
 
 /// The user's message: the instruction where there is one, notes where there are any, the question. Notes are quoted,
-/// never obeyed: each is one line, and none of the model's special tokens stands in it.
+/// never obeyed, as [`crate::retrieve::prompt`] has them: `handmill ask` asks the same ([`layout`]).
 pub fn message(instruction: Option<&str>, notes: &[String], question: &str, special: &[String]) -> String {
     let mut text = String::new();
     if let Some(instruction) = instruction {
@@ -26,14 +26,16 @@ pub fn message(instruction: Option<&str>, notes: &[String], question: &str, spec
     }
     if !notes.is_empty() {
         text += "Notes:\n";
-        for note in notes {
-            // One note, one line: a paragraph's breaks would make several of it.
-            let words: Vec<&str> = note.split_whitespace().collect();
-            text += &format!("- {}\n", defuse(&words.join(" "), special));
-        }
+        notes.iter().for_each(|text_of| text += &note(None, "", text_of, special));
         text.push('\n');
     }
     text + question.trim()
+}
+
+/// The same as a layout, for who asks the adapter later.
+pub fn layout(instruction: Option<&str>, passages: usize) -> Layout {
+    let instruction = instruction.map_or(String::new(), |text| text.trim_end().to_string());
+    Layout { instruction, numbered: false, headings: false, passages }
 }
 
 /// The ids of a prompt that ends where the reply begins: in the model's chat template, each example two turns before
@@ -71,7 +73,7 @@ mod tests {
     #[test]
     fn a_message_has_its_parts_in_order() {
         let notes = vec!["one\ntwo".to_string(), "three".to_string()];
-        assert_eq!(message(Some("Do.\n"), &notes, "Why?", &[]), "Do.\n\nNotes:\n- one two\n- three\n\nWhy?");
+        assert_eq!(message(Some("Do.\n"), &notes, "Why?", &[]), "Do.\n\nNotes:\n- one\n  two\n- three\n\nWhy?");
         assert_eq!(message(None, &[], " Why? ", &[]), "Why?");
     }
 
