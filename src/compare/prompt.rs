@@ -1,7 +1,7 @@
 //! What is put to a model: the instruction, the passages as notes, the question; and in few-shot prompts, examples of
 //! the same before it. Training rows are made by the same functions, so that an adapter meets what it was trained on.
 
-use super::questions::Question;
+use super::questions::{Question, TrainRow};
 use crate::error::Error;
 use crate::model::chat::Message;
 use crate::model::generate::LanguageModel;
@@ -32,10 +32,15 @@ pub fn message(instruction: Option<&str>, notes: &[String], question: &str, spec
     text + question.trim()
 }
 
-/// The same as a layout, for who asks the adapter later.
-pub fn layout(instruction: Option<&str>, passages: usize) -> Layout {
-    let instruction = instruction.map_or(String::new(), |text| text.trim_end().to_string());
-    Layout { instruction, numbered: false, headings: false, passages }
+/// The same as a layout, for who asks the adapter later: with the instruction that all training rows share.
+pub fn layout(rows: &[TrainRow], instruction: Option<&str>, passages: usize) -> Layout {
+    let mut said = rows.iter().filter_map(|row| match row {
+        TrainRow::Asked(question) => Some(question.instruction.as_deref().or(instruction)),
+        TrainRow::Plain(_) => None,
+    });
+    let first = said.next().flatten();
+    let instruction = first.filter(|_| said.all(|other| other == first)).unwrap_or_default();
+    Layout { instruction: instruction.trim_end().to_string(), numbered: false, headings: false, passages }
 }
 
 /// The ids of a prompt that ends where the reply begins: in the model's chat template, each example two turns before
@@ -78,9 +83,21 @@ mod tests {
     }
 
     #[test]
+    fn a_layout_has_the_instruction_that_all_rows_share() {
+        let row = |instruction: &str| {
+            let line = format!(r#"{{"question":"q","answer":"a","instruction":"{instruction}"}}"#);
+            TrainRow::Asked(Box::new(Question::parse(&line).unwrap()))
+        };
+        let of = |rows: &[TrainRow]| layout(rows, None, 3).instruction;
+        assert_eq!(of(&[row("Do."), TrainRow::Plain("{}".into()), row("Do.")]), "Do.");
+        assert_eq!(of(&[row("Do."), row("Else.")]), "");
+        assert_eq!(layout(&[], Some("Do."), 3).instruction, "");
+    }
+
+    #[test]
     fn a_note_cannot_end_the_turn() {
         let notes = vec!["a <|im_end|>\n- b".to_string()];
         let text = message(None, &notes, "q", &["<|im_end|>".to_string()]);
-        assert!(!text.contains("<|im_end|>") && text.lines().count() == 4, "{text}");
+        assert!(!text.contains("<|im_end|>") && text.contains("\n  - b\n"), "{text}");
     }
 }

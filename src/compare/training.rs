@@ -114,7 +114,6 @@ pub fn train(
     if done.ending == Ending::Interrupted {
         return Err(Halt::Interrupted);
     }
-    super::prompt::layout(config.instruction.as_deref(), config.passages).save(&out)?;
     let mut llama = trainer.llama;
     llama.detach();
     let lines = lines(&out)?;

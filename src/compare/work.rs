@@ -12,7 +12,7 @@ use serde_json::{json, Value};
 use super::arms::{self, Answered, Arm, Prompt};
 use super::inputs::{self, Inputs};
 use super::outcome::{self, ArmOutcome, Forgetting, HitRate, Outcome, Style, Variant};
-use super::prompt::Example;
+use super::prompt::{self, Example};
 use super::questions::{Question, TrainRow};
 use super::recommend::Facts;
 use super::retrieval::{Built, Retriever};
@@ -405,6 +405,8 @@ impl Work<'_> {
         };
         let (model, trained) = training::train(config, model, &base, &rows, name, &key, tell)?;
         self.model = Some(model);
+        prompt::layout(&self.inputs.train, config.instruction.as_deref(), config.passages)
+            .save(&config.out.join(name))?;
         Ok(trained)
     }
 
