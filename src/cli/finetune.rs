@@ -184,13 +184,18 @@ impl Finetune {
             return self.show_plan(&job);
         }
         let found = if self.resume { checkpoint::find(&self.out)? } else { None };
-        match &found {
-            Some(found) => run::check_settings(&found.state.settings, &job.options.settings, &self.out)?,
+        let replaced = match &found {
+            Some(found) => {
+                run::check_settings(&found.state.settings, &job.options.settings, &self.out).map(|()| false)?
+            }
             None if self.resume => {
                 note(&format!("{} holds no checkpoint: starting from the beginning", self.out.display()));
-                run::clear(&self.out, true)?;
+                run::clear(&self.out, true)?
             }
             None => run::clear(&self.out, self.restart)?,
+        };
+        if replaced {
+            note(&format!("{} held a finished run: this one takes its place", self.out.display()));
         }
         let Job { model, train, held_out, adapter, plan, options, .. } = job;
         let tuning = Tuning {

@@ -38,6 +38,8 @@ pub const TARGETS: [(&str, &str); 7] = [
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
+/// Where an adapter that was trained on prompts of one layout says which.
+pub const PROMPT: &str = "handmill_prompt.json";
 const PREFIX: &str = "base_model.model.model.layers.";
 /// The largest rank that is read.
 const MAX_RANK: usize = 4096;

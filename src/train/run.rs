@@ -22,7 +22,7 @@ use super::prepared::{Order, TokenSet};
 use super::step::Trainer;
 use crate::aside;
 use crate::error::Error;
-use crate::model::adapter::{hex, sha256};
+use crate::model::adapter::{hex, sha256, PROMPT};
 
 /// What a run is to do, beside what the trainer knows.
 #[derive(Clone, Debug)]
@@ -271,8 +271,9 @@ pub fn lock(out: &Path) -> Result<fs::File, Error> {
     }
 }
 
-/// Readies a directory for a run from the beginning. An error where an unfinished run is in it, unless `restart`.
-pub fn clear(out: &Path, restart: bool) -> Result<(), Error> {
+/// Readies a directory for a run from the beginning; true where a finished run was in it. An error where an unfinished
+/// one is, unless `restart`.
+pub fn clear(out: &Path, restart: bool) -> Result<bool, Error> {
     let finished = fs::read_to_string(out.join("run.json")).is_ok_and(|text| {
         let status =
             serde_json::from_str::<Value>(&text).ok().and_then(|run| Some(run.get("status")?.as_str()?.to_string()));
@@ -285,7 +286,7 @@ pub fn clear(out: &Path, restart: bool) -> Result<(), Error> {
     checkpoint::clear(out)?;
     const ADAPTER: [&str; 2] = ["adapter_model.safetensors", "adapter_config.json"];
     let last = ADAPTER.map(|name| out.join("last").join(name));
-    let files = [&ADAPTER[..], &["run.json", metrics::FILE, "loss.svg"]].concat();
+    let files = [&ADAPTER[..], &[PROMPT, "run.json", metrics::FILE, "loss.svg"]].concat();
     for path in files.iter().map(|name| out.join(name)).chain(last) {
         match fs::remove_file(&path) {
             Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(&path, cause)),
@@ -294,5 +295,5 @@ pub fn clear(out: &Path, restart: bool) -> Result<(), Error> {
     }
     // Where there is something else in it, it stays.
     let _ = fs::remove_dir(out.join("last"));
-    Ok(())
+    Ok(finished)
 }

@@ -144,8 +144,12 @@ fn a_run_learns_and_leaves_its_files() {
     assert_eq!(place.adapter("out"), adapter);
     assert_eq!(again["adapter_sha256"], report["adapter_sha256"]);
     assert_eq!(fs::metadata(place.path("out/train.tokens")).unwrap().modified().unwrap(), stamp);
-    // A run without held-out data has no other adapter than its last.
-    place.run("out", &["--steps", "1"]);
+    // A run without held-out data has no other adapter than its last, and says what it takes the place of.
+    fs::write(place.path("out/handmill_prompt.json"), "{}").unwrap();
+    let args = place.args("out", &["--steps", "1"]);
+    let run = handmill(&args.iter().map(String::as_str).collect::<Vec<_>>());
+    assert!(run.code == 0 && run.stderr.contains("held a finished run"), "{}", run.stderr);
+    assert!(!place.path("out/handmill_prompt.json").exists());
     assert!(!place.path("out/last").exists());
     let other = place.run("other", &[&SETTINGS[..], &more, &["--seed", "1"]].concat());
     assert_ne!(other["adapter_sha256"], report["adapter_sha256"]);
