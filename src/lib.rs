@@ -5,6 +5,7 @@
 //! [`verify`] (how it is checked), [`model`] (who calls it).
 
 pub mod aside;
+pub mod bench;
 pub mod compare;
 pub mod device;
 pub mod error;

@@ -161,6 +161,20 @@ impl Outcome {
     }
 }
 
+/// Roundings of the two factors of a product, where they are narrower than f32.
+fn narrow(kernel: &Kernel) -> f64 {
+    if kernel.act == Dtype::F32 {
+        0.0
+    } else {
+        2.0 * kernel.act.unit_roundoff()
+    }
+}
+
+/// How far an element may be off, relative to its magnitude.
+pub fn relative_bound(spec: &OpSpec, dims: &Dims, kernel: &Kernel) -> f64 {
+    (spec.tolerance.roundings)(dims) * Dtype::F32.unit_roundoff() + narrow(kernel)
+}
+
 /// Holds one output against the oracle.
 #[allow(clippy::too_many_arguments)]
 fn compare(
@@ -176,9 +190,7 @@ fn compare(
     let size = got.dtype.size();
     let (before_bytes, got_bytes) = (before.bytes.as_slice(), got.bytes.as_slice());
     let roundings = (spec.tolerance.roundings)(dims);
-    // Of the two factors of a product, where they are narrower than f32.
-    let narrow = if kernel.act == Dtype::F32 { 0.0 } else { 2.0 * kernel.act.unit_roundoff() };
-    let relative = roundings * Dtype::F32.unit_roundoff() + narrow;
+    let (narrow, relative) = (narrow(kernel), relative_bound(spec, dims, kernel));
     let got = got.to_f64();
     assert_eq!((got.len(), got.len()), (expected.value.len(), expected.magnitude.len()), "{}", spec.id());
 

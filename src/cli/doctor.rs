@@ -2,30 +2,21 @@
 
 use std::io::{self, Write};
 use std::sync::Arc;
-use std::time::Instant;
 
 use anyhow::Result;
 use clap::Args;
+use handmill::bench::roofline;
 use handmill::device::{self, Device, Listed};
 use handmill::op::{DeviceKind, Simd};
-use handmill::ops::OPS;
-use handmill::tensor::Dtype;
-use rayon::prelude::*;
 use serde_json::json;
 
 use super::{print_json, Common};
 
-/// How long a measurement takes, in seconds.
-const LONG_ENOUGH: f64 = 0.3;
-/// Bytes of a buffer that is copied: far more than caches hold.
-const COPY_BYTES: usize = 128 << 20;
-/// M, N and K of the product that is timed.
-const MATMUL: usize = 1024;
-
 /// Show the devices, how fast they copy and multiply, and which one is used
 ///
-/// Copy bandwidth counts bytes read and bytes written. The matmul peak is that of the fastest f32 kernel for
-/// 1024 x 1024 x 1024. Both are the best of a third of a second. Software that stands in for a GPU is not timed.
+/// Copy bandwidth counts bytes read and bytes written, of more than the caches hold. The matmul peak is that of the
+/// fastest product with f32 activations, 1024 x 1024 x 1024 or, where that is too little work, 4096 x 4096 x 4096. Both
+/// are medians over a third of a second, as in `bench`. Software that stands in for a GPU is not timed.
 /// With --json: devices, each with id, kind, name, software, available, reason, simd, sm, shared_bytes,
 /// copy_gb_per_s, matmul_gflop_per_s; auto and auto_reason.
 #[derive(Args)]
@@ -60,8 +51,8 @@ impl Doctor {
             let mut found = Found { listed, device, copy: None, matmul: None };
             if let (Some(device), false) = (&found.device, found.listed.software) {
                 let spinner = super::spinner(format!("measuring {}", found.listed.id));
-                found.copy = Some(copy_bandwidth(&**device)?);
-                found.matmul = matmul_peak(&**device)?;
+                let (copy, matmul) = roofline::peaks(&**device)?;
+                (found.copy, found.matmul) = (Some(copy), matmul);
                 spinner.finish_and_clear();
             }
             devices.push(found);
@@ -124,51 +115,4 @@ fn simd(simd: Simd) -> &'static str {
         Simd::Avx512 => "avx512",
         Simd::Amx => "amx",
     }
-}
-
-/// The least time of one `work`, after one to warm up.
-fn best(work: &mut dyn FnMut() -> Result<f64>) -> Result<f64> {
-    work()?;
-    let (start, mut best) = (Instant::now(), f64::INFINITY);
-    while start.elapsed().as_secs_f64() < LONG_ENOUGH {
-        best = best.min(work()?);
-    }
-    Ok(best)
-}
-
-/// Bytes read and written in a second, in 10^9: by the device's own copy, or on the CPU by all threads, as kernels do.
-fn copy_bandwidth(device: &dyn Device) -> Result<f64> {
-    let seconds = if device.caps().kind == DeviceKind::Cpu {
-        let (from, mut to) = (vec![1u8; COPY_BYTES], vec![0u8; COPY_BYTES]);
-        let piece = COPY_BYTES.div_ceil(rayon::current_num_threads());
-        best(&mut || {
-            let start = Instant::now();
-            to.par_chunks_mut(piece).zip(from.par_chunks(piece)).for_each(|(to, from)| to.copy_from_slice(from));
-            Ok(start.elapsed().as_secs_f64())
-        })?
-    } else {
-        let (from, to) = (device.alloc(COPY_BYTES)?, device.alloc(COPY_BYTES)?);
-        best(&mut || Ok(device.time(&mut || device.copy(&from, 0, &to, 0, COPY_BYTES))?))?
-    };
-    Ok(2.0 * COPY_BYTES as f64 / seconds / 1e9)
-}
-
-/// Floating-point operations in a second, in 10^9, of the fastest f32 product; none where no kernel runs.
-fn matmul_peak(device: &dyn Device) -> Result<Option<f64>> {
-    let Some(op) = OPS.iter().find(|op| op.name == "qmatmul" && op.format == "f32") else { return Ok(None) };
-    // Every dim is the edge of the cube but those that say where and what to add: no offset, no bias, no adapter.
-    let dims: Vec<usize> =
-        op.dims.iter().map(|dim| if ["M", "N", "K", "LDY"].contains(dim) { MATMUL } else { 0 }).collect();
-    let dims = op.dims(&dims, &vec![0.0; op.scalars.len()]);
-    let Some(kernel) = op.choose(&dims, Dtype::F32, device.caps()) else { return Ok(None) };
-    let tensors = handmill::verify::fill(op, &dims, kernel.act, 1);
-    let buffers = tensors.iter().map(|tensor| {
-        let buffer = device.alloc(tensor.bytes.len())?;
-        device.write(&buffer, 0, tensor.bytes.as_slice())?;
-        Ok(buffer)
-    });
-    let buffers = buffers.collect::<Result<Vec<_>>>()?;
-    let args: Vec<_> = buffers.iter().collect();
-    let seconds = best(&mut || Ok(device.time(&mut || device.launch(op, kernel, &args, &dims))?))?;
-    Ok(Some((op.cost)(&dims).flops as f64 / seconds / 1e9))
 }

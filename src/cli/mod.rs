@@ -2,6 +2,7 @@
 
 mod adapter;
 mod ask;
+mod bench;
 mod compare;
 mod doctor;
 mod embed;
@@ -49,6 +50,7 @@ struct Cli {
 enum Command {
     Doctor(doctor::Doctor),
     Verify(verify::Verify),
+    Bench(Box<bench::Bench>),
     Sim(sim::Sim),
     Generate(generate::Generate),
     Eval(eval::Eval),
@@ -105,6 +107,7 @@ pub fn main() -> ExitCode {
     let result = match cli.command {
         Command::Doctor(command) => command.run(),
         Command::Verify(command) => command.run(),
+        Command::Bench(command) => command.run(),
         Command::Sim(command) => command.run(),
         Command::Generate(command) => command.run(),
         Command::Eval(command) => command.run(),
