@@ -8,6 +8,8 @@ mod cut;
 mod damage;
 #[path = "index/files.rs"]
 mod files;
+#[path = "index/kept.rs"]
+mod kept;
 #[path = "index/killed.rs"]
 mod killed;
 #[path = "index/life.rs"]

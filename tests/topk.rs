@@ -166,6 +166,39 @@ fn the_same_bits_for_any_batch_and_threads() {
 }
 
 #[test]
+fn rows_that_pass_through_give_the_same_bits() {
+    let mut rng = ChaCha8Rng::seed_from_u64(19);
+    let (d, n, k) = (24, 1000, 12);
+    let (mut rows, queries) = (unit(&mut rng, n, d), unit(&mut rng, 11, d));
+    rows.copy_within(0..d * 40, d * 950);
+    let halves: Vec<f16> = rows.iter().map(|v| f16::from_f32(*v)).collect();
+    let widened: Vec<f32> = halves.iter().map(|v| v.to_f32()).collect();
+    let codes = Codes::quantize(d, Exact::F32(&rows));
+    // Slabs of 64 to 192 rows; of the first all pass through, of the second half, of the last none.
+    let formats = [
+        ("f32", Rows::F32(&rows), &rows, [15_000, 60_000, 100_000]),
+        ("f16", Rows::F16(&halves), &widened, [8_000, 30_000, 50_000]),
+        ("i8", Rows::I8 { codes: &codes, exact: Exact::F32(&rows) }, &rows, [30_000, 60_000, 100_000]),
+    ];
+    for (name, device) in devices().into_iter().filter(|(name, _)| !name.starts_with("cpu")) {
+        for (format, stored, values, limits) in formats {
+            let expected: Vec<Vec<Hit>> = queries.chunks(d).map(|q| reference(values, d, q, k, |_| true)).collect();
+            for limit in limits {
+                let corpus = Corpus { d, rows: stored };
+                let searcher = Searcher::within(&*device, corpus, limit).unwrap();
+                for batch in [1, 7, 11] {
+                    let search = |some: &[f32]| searcher.search(some, k, None).unwrap().0;
+                    let found: Vec<Vec<Hit>> = queries.chunks(batch * d).flat_map(search).collect();
+                    assert_eq!(bits(&found), bits(&expected), "{format} in {limit} bytes, {batch} a batch, on {name}");
+                }
+            }
+        }
+        let refused = Searcher::within(&*device, Corpus { d, rows: Rows::F32(&rows) }, 5000);
+        assert!(refused.err().unwrap().to_string().contains("5000 bytes of the device's memory are too few"), "{name}");
+    }
+}
+
+#[test]
 fn most_places_and_fewer_rows() {
     let mut rng = ChaCha8Rng::seed_from_u64(11);
     let d = 8;

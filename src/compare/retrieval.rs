@@ -69,7 +69,7 @@ impl Retriever {
         let dir = config.out.join(FOLDER);
         if let Some(built) = stages::load::<Built>(&config.out, "index", key) {
             if let Ok(index) = Index::open(&dir, &embedder) {
-                return Ok(Retriever { device, embedder, index, built });
+                return Ok(Retriever { index: index.keep_on(&device), device, embedder, built });
             }
         }
         // Seconds and passages of runs that were cut off.
@@ -86,7 +86,7 @@ impl Retriever {
         if report.interrupted {
             return Err(Halt::Interrupted);
         }
-        let index = Index::open(&dir, &embedder)?;
+        let index = Index::open(&dir, &embedder)?.keep_on(&device);
         let info = index.info()?;
         let built = Built {
             seconds,

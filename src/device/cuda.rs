@@ -1,16 +1,21 @@
 //! The `cuda` device: an NVIDIA card through the driver, which is found when the program runs. PTX is compiled by the
 //! driver; what it says of a source it refuses is shown with file and line.
 //!
-//! One stream, so work runs in the order given. Memory comes from the driver's pool, which keeps what is freed.
+//! One stream, so work runs in the order given; a second one only brings what [`Device::write_ahead`] is given
+//! (`ahead`). Memory comes from the driver's pool, which keeps what is freed.
+
+mod ahead;
 
 use super::ptx::{copy_ranges, invalid, range, work, Work};
 use super::{Buffer, Device, Error, Listed, Result};
 use crate::op::{Caps, DeviceKind, Dims, File, Kernel, OpSpec, Simd};
+use ahead::Ahead;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdevice_attribute_enum as Attribute, CUfunction_attribute_enum as FunctionAttribute};
 use cudarc::driver::sys::{CUcontext, CUdeviceptr, CUfunction, CUresult, CUstream};
 use std::collections::HashMap;
 use std::ffi::{c_int, c_void, CString};
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 /// The oldest driver interface that will do, as the driver counts: 12.2, which driver 535 brought.
@@ -39,6 +44,11 @@ struct Context {
     stream: CUstream,
     /// Whether the card has a memory pool.
     pooled: bool,
+    /// How much was queued on the stream, and how much of it is known to be done: calls, counted from 1.
+    queued: AtomicU64,
+    done: AtomicU64,
+    /// What copies beside the stream, from its first use on.
+    ahead: Mutex<Option<Ahead>>,
 }
 
 // SAFETY: the driver's calls may come from any thread; each makes the context current on its thread first.
@@ -72,6 +82,27 @@ unsafe impl Send for Function {}
 struct Owned {
     address: CUdeviceptr,
     context: Arc<Context>,
+    /// The last call on the stream that uses it, by [`Context::queued`].
+    last: AtomicU64,
+    /// The end of a copy by the second stream that the first has not waited for yet.
+    arriving: Mutex<Option<Event>>,
+}
+
+impl Owned {
+    /// The address, for what is queued next on the stream.
+    fn settled(&self) -> std::result::Result<CUdeviceptr, DriverError> {
+        if let Some(event) = lock(&self.arriving).take() {
+            let wait = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+            // SAFETY: a live event and stream; the driver keeps what it needs of an event that goes.
+            unsafe { result::stream::wait_event(self.context.stream, event.0, wait) }?;
+        }
+        Ok(self.address)
+    }
+
+    /// Notes that what was queued last uses it.
+    fn used(&self) {
+        self.last.fetch_max(self.context.queued.fetch_add(1, SeqCst) + 1, SeqCst);
+    }
 }
 
 impl Drop for Owned {
@@ -79,6 +110,9 @@ impl Drop for Owned {
         let context = &self.context;
         if context.bind().is_err() {
             return; // the driver is shutting down, and takes the memory with it
+        }
+        if let Err(error) = self.settled() {
+            return log::debug!("{}: memory is not given back: {}", context.id, describe(error));
         }
         // SAFETY: this is the only owner of an address that the same allocator gave; freeing waits for queued work.
         let freed = unsafe {
@@ -97,6 +131,9 @@ impl Drop for Context {
     fn drop(&mut self) {
         // Errors here mean that the driver has gone first.
         if self.bind().is_ok() {
+            if let Some(ahead) = lock(&self.ahead).take() {
+                ahead.close();
+            }
             // SAFETY: no buffer or device is left that could use the stream.
             let _ = unsafe { result::stream::destroy(self.stream) };
         }
@@ -111,6 +148,28 @@ impl Context {
         // SAFETY: the context is retained until `self` goes.
         unsafe { result::ctx::set_current(self.context) }
     }
+
+    /// An event after all that the stream has.
+    fn record(&self) -> std::result::Result<Event, DriverError> {
+        let event = Event::new()?;
+        // SAFETY: a live event and stream.
+        unsafe { result::event::record(event.0, self.stream) }?;
+        Ok(event)
+    }
+
+    /// Waits for the stream.
+    fn synchronize(&self) -> std::result::Result<(), DriverError> {
+        let queued = self.queued.load(SeqCst);
+        // SAFETY: the stream lives as long as `self`.
+        unsafe { result::stream::synchronize(self.stream) }?;
+        self.done.fetch_max(queued, SeqCst);
+        Ok(())
+    }
+}
+
+/// A thread that panicked leaves whole values behind.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 /// `CUDA_ERROR_NO_DEVICE (no CUDA-capable device is detected)`
@@ -267,19 +326,34 @@ impl Cuda {
             view_alignment: 256,
             batch_invariant: false,
         };
-        let context = Context { id, device: facts.device, context, stream, pooled: facts.pooled };
+        let context = Context {
+            id,
+            device: facts.device,
+            context,
+            stream,
+            pooled: facts.pooled,
+            queued: AtomicU64::new(0),
+            done: AtomicU64::new(0),
+            ahead: Mutex::default(),
+        };
         Ok(Cuda { context: Arc::new(context), name: facts.name, memory: facts.memory, caps, loaded: Mutex::default() })
     }
 
     fn lock(&self) -> MutexGuard<'_, Loaded> {
-        // A thread that panicked leaves a table of handles behind, each whole.
-        self.loaded.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        lock(&self.loaded)
     }
 
     /// Makes the context current; the stream to work on.
     fn stream(&self) -> Result<CUstream> {
         self.context.bind().map_err(|error| self.failed(error))?;
         Ok(self.context.stream)
+    }
+
+    /// The address of a buffer for what is queued next, with the context made current.
+    fn address(&self, buffer: &Buffer) -> Result<CUdeviceptr> {
+        let owned = owned(buffer)?;
+        self.stream()?;
+        owned.settled().map_err(|error| self.failed(error))
     }
 
     /// Words for a call that failed, maybe because of a kernel launched before it.
@@ -390,7 +464,12 @@ impl Device for Cuda {
             }
         };
         match allocated {
-            Ok(address) => Ok(Buffer::new(Arc::new(Owned { address, context: self.context.clone() }), bytes)),
+            Ok(address) => {
+                let (context, arriving) = (self.context.clone(), Mutex::default());
+                let owned = Owned { address, context, last: AtomicU64::new(0), arriving };
+                owned.used();
+                Ok(Buffer::new(Arc::new(owned), bytes))
+            }
             Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
                 let free = result::mem_get_info().map_or(0, |(free, _)| free);
                 let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
@@ -407,31 +486,53 @@ impl Device for Cuda {
     }
 
     fn write(&self, target: &Buffer, offset: usize, source: &[u8]) -> Result<()> {
-        let to = address(target)? + range("write", target, offset, source.len())?.start as u64;
+        let to = self.address(target)? + range("write", target, offset, source.len())?.start as u64;
         let stream = self.stream()?;
         // SAFETY: the range lies in the buffer. The driver has copied pageable memory when the call returns.
-        unsafe { result::memcpy_htod_async(to, source, stream) }.map_err(|error| self.failed(error))
+        unsafe { result::memcpy_htod_async(to, source, stream) }.map_err(|error| self.failed(error))?;
+        owned(target)?.used();
+        Ok(())
+    }
+
+    fn write_ahead(&self, target: &Buffer, offset: usize, source: &[u8]) -> Result<()> {
+        let owned = owned(target)?;
+        let to = owned.address + range("write", target, offset, source.len())?.start as u64;
+        self.stream()?;
+        let after = owned.last.load(SeqCst) > self.context.done.load(SeqCst);
+        let copy = || {
+            let mut ahead = lock(&self.context.ahead);
+            if ahead.is_none() {
+                *ahead = Some(Ahead::new()?);
+            }
+            let ahead = ahead.as_mut().expect("made above");
+            ahead.copy(&self.context, to, source, after)
+        };
+        let arrived = copy().map_err(|error| self.failed(error))?;
+        // The second stream is in order: the later event stands for both.
+        *lock(&owned.arriving) = Some(arrived);
+        Ok(())
     }
 
     fn read(&self, source: &Buffer, offset: usize, target: &mut [u8]) -> Result<()> {
-        let from = address(source)? + range("read", source, offset, target.len())?.start as u64;
+        let from = self.address(source)? + range("read", source, offset, target.len())?.start as u64;
         let stream = self.stream()?;
         // SAFETY: the range lies in the buffer, and `target` is borrowed until the stream is done.
-        let copied = unsafe {
-            result::memcpy_dtoh_async(target, from, stream).and_then(|()| result::stream::synchronize(stream))
-        };
-        copied.map_err(|error| self.failed(error))
+        let copied = unsafe { result::memcpy_dtoh_async(target, from, stream) };
+        copied.and_then(|()| self.context.synchronize()).map_err(|error| self.failed(error))
     }
 
     fn copy(&self, from: &Buffer, from_offset: usize, to: &Buffer, to_offset: usize, bytes: usize) -> Result<()> {
         let (source, target) = copy_ranges(from, from_offset, to, to_offset, bytes)?;
-        let (source, target) = (address(from)? + source.start as u64, address(to)? + target.start as u64);
+        let (source, target) = (self.address(from)? + source.start as u64, self.address(to)? + target.start as u64);
         if source.abs_diff(target) < bytes as u64 {
             return Err(invalid("copy", "source and target overlap"));
         }
         let stream = self.stream()?;
         // SAFETY: both ranges lie in their buffers and do not overlap.
-        unsafe { result::memcpy_dtod_async(target, source, bytes, stream) }.map_err(|error| self.failed(error))
+        unsafe { result::memcpy_dtod_async(target, source, bytes, stream) }.map_err(|error| self.failed(error))?;
+        owned(from)?.used();
+        owned(to)?.used();
+        Ok(())
     }
 
     fn launch(&self, spec: &OpSpec, kernel: &'static Kernel, args: &[&Buffer], dims: &Dims) -> Result<()> {
@@ -440,7 +541,7 @@ impl Device for Cuda {
         let refuse = |reason: String| Err(invalid(&format!("{entry} ({dims})"), reason));
         let mut addresses = Vec::with_capacity(args.len());
         for (buffer, range) in args.iter().zip(&ranges) {
-            addresses.push(address(buffer)? + range.start as u64);
+            addresses.push(self.address(buffer)? + range.start as u64);
         }
         let stream = self.stream()?;
         let mut loaded = self.lock();
@@ -469,6 +570,9 @@ impl Device for Cuda {
         let launched =
             unsafe { result::launch_kernel(function.handle, grid, block, shared_bytes, stream, &mut pointers) };
         let before = loaded.last.replace(entry);
+        for buffer in args {
+            owned(buffer)?.used();
+        }
         launched.map_err(|error| {
             // Only these two can be the fault of work queued earlier: everything else is of this launch.
             let late = matches!(error.0, CUresult::CUDA_ERROR_ILLEGAL_ADDRESS | CUresult::CUDA_ERROR_LAUNCH_FAILED);
@@ -480,9 +584,8 @@ impl Device for Cuda {
     }
 
     fn sync(&self) -> Result<()> {
-        let stream = self.stream()?;
-        // SAFETY: the device's own stream.
-        unsafe { result::stream::synchronize(stream) }.map_err(|error| self.failed(error))
+        self.stream()?;
+        self.context.synchronize().map_err(|error| self.failed(error))
     }
 
     fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
@@ -506,6 +609,9 @@ impl Device for Cuda {
 /// An event that keeps time.
 struct Event(sys::CUevent);
 
+// SAFETY: a handle of the driver, which any thread may use.
+unsafe impl Send for Event {}
+
 impl Event {
     fn new() -> std::result::Result<Event, DriverError> {
         result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map(Event)
@@ -519,9 +625,8 @@ impl Drop for Event {
     }
 }
 
-fn address(buffer: &Buffer) -> Result<CUdeviceptr> {
-    let owned = buffer.memory::<Owned>();
-    owned.map(|owned| owned.address).ok_or_else(|| invalid("cuda", "a buffer of another device"))
+fn owned(buffer: &Buffer) -> Result<&Owned> {
+    buffer.memory().ok_or_else(|| invalid("cuda", "a buffer of another device"))
 }
 
 #[cfg(test)]

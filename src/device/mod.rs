@@ -129,6 +129,11 @@ pub trait Device: Send + Sync {
     /// Copies `source` to `target` from byte `offset` on.
     fn write(&self, target: &Buffer, offset: usize, source: &[u8]) -> Result<()>;
 
+    /// The same, and may run beside work queued before that does not use `target`; work queued later that does sees it.
+    fn write_ahead(&self, target: &Buffer, offset: usize, source: &[u8]) -> Result<()> {
+        self.write(target, offset, source)
+    }
+
     /// Waits for the work queued so far and copies from byte `offset` of `source` on.
     fn read(&self, source: &Buffer, offset: usize, target: &mut [u8]) -> Result<()>;
 

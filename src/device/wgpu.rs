@@ -198,6 +198,14 @@ impl Device for Wgpu {
         self.queue.write(&self.faults, memory, first, &words)
     }
 
+    fn write_ahead(&self, target: &Buffer, offset: usize, source: &[u8]) -> Result<()> {
+        let (memory, start) = (memory(target)?, position("write", target, offset, source.len())?);
+        if source.is_empty() || !(start | source.len()).is_multiple_of(4) {
+            return self.write(target, offset, source);
+        }
+        self.queue.write_ahead(&self.faults, memory, start, source)
+    }
+
     fn read(&self, source: &Buffer, offset: usize, target: &mut [u8]) -> Result<()> {
         let (memory, start) = (memory(source)?, position("read", source, offset, target.len())?);
         let end = start + target.len();

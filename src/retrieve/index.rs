@@ -17,7 +17,7 @@ mod writer;
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use globset::{GlobBuilder, GlobMatcher};
 use serde::{Deserialize, Serialize};
@@ -30,7 +30,7 @@ pub use writer::{compact, remove, Compacted, Removed};
 use self::database::Database;
 use self::segment::Segment;
 use super::chunk::Chunking;
-use super::topk::{self, Corpus, Rows};
+use super::topk::{Corpus, Ready, Rows};
 use crate::device::Device;
 use crate::error::{quote, Error};
 use crate::model::generate::Embedder;
@@ -38,7 +38,7 @@ use crate::model::generate::Embedder;
 /// Tries to open a state whose segments another process removes meanwhile.
 const TRIES: usize = 5;
 
-/// An index, opened for reading: one state of it, whatever is written meanwhile.
+/// An index, opened for reading: one state of it, whatever is written meanwhile, until [`Index::refresh`].
 pub struct Index {
     /// Where it is.
     pub dir: PathBuf,
@@ -46,6 +46,8 @@ pub struct Index {
     pub meta: Meta,
     database: Mutex<Database>,
     segments: Vec<Part>,
+    /// The device that keeps rows between searches.
+    kept_on: Option<Arc<dyn Device>>,
 }
 
 /// A segment, which of its rows are in use, and what its rows' SHA-256 must be.
@@ -53,6 +55,19 @@ struct Part {
     segment: Segment,
     alive: Vec<u32>,
     sha256: String,
+    /// What [`Index::kept_on`] holds of it.
+    ready: Mutex<Option<Arc<Ready>>>,
+}
+
+impl Part {
+    fn corpus(&self, d: usize) -> Corpus<'_> {
+        Corpus { d, rows: Rows::F32(self.segment.vectors()) }
+    }
+
+    fn kept(&self) -> std::sync::MutexGuard<'_, Option<Arc<Ready>>> {
+        // Whoever panicked left one or none behind.
+        self.ready.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
 }
 
 /// A passage that was found.
@@ -163,9 +178,55 @@ impl Index {
         let mut segments = Vec::new();
         for known in database.segments()? {
             let segment = Segment::open(dir, known.id, known.rows, meta.d)?;
-            segments.push(Part { segment, alive: known.alive, sha256: known.sha256 });
+            segments.push(Part { segment, alive: known.alive, sha256: known.sha256, ready: Mutex::default() });
         }
-        Ok(Index { dir: dir.to_path_buf(), meta, database: Mutex::new(database), segments })
+        Ok(Index { dir: dir.to_path_buf(), meta, database: Mutex::new(database), segments, kept_on: None })
+    }
+
+    /// From now on what a search brings to this device stays there for the next, as long as the index is open.
+    pub fn keep_on(self, device: &Arc<dyn Device>) -> Index {
+        self.segments.iter().for_each(|part| *part.kept() = None);
+        Index { kept_on: Some(device.clone()), ..self }
+    }
+
+    /// Takes up what was written since it was opened, and returns whether anything was. Segments that are still in use
+    /// stay on the device. An error where the index was built anew with another embedding model: open it again.
+    pub fn refresh(&mut self) -> Result<bool, Error> {
+        let mut now = Index::open_any(&self.dir)?;
+        let state = |index: &Index| -> Vec<(i64, String, Vec<u32>)> {
+            let parts = index.segments.iter();
+            parts.map(|part| (part.segment.number, part.sha256.clone(), part.alive.clone())).collect()
+        };
+        if now.meta != self.meta {
+            let what = "was built anew with another embedding model, or documents are cut otherwise: open it again";
+            return Err(Error::file(&self.dir, what));
+        }
+        if state(&now) == state(self) {
+            return Ok(false);
+        }
+        for part in &now.segments {
+            let same = |old: &&Part| old.segment.number == part.segment.number && old.sha256 == part.sha256;
+            if let Some(old) = self.segments.iter().find(same) {
+                *part.kept() = old.kept().take();
+            }
+        }
+        now.kept_on = self.kept_on.take();
+        *self = now;
+        Ok(true)
+    }
+
+    /// A segment made ready on a device: anew, unless the device keeps it.
+    fn ready(&self, device: &dyn Device, part: &Part) -> Result<Arc<Ready>, Error> {
+        let make = || Ready::new(device, &part.corpus(self.meta.d), usize::MAX).map(Arc::new);
+        let kept = |kept: &&Arc<dyn Device>| std::ptr::addr_eq(Arc::as_ptr(kept), std::ptr::from_ref(device));
+        if self.kept_on.as_ref().filter(kept).is_none() {
+            return make();
+        }
+        let mut ready = part.kept();
+        if ready.is_none() {
+            *ready = Some(make()?);
+        }
+        Ok(ready.clone().expect("made above"))
     }
 
     /// What it holds.
@@ -259,8 +320,8 @@ impl Index {
             if bits.iter().all(|&word| word == 0) {
                 continue;
             }
-            let corpus = Corpus { d, rows: Rows::F32(part.segment.vectors()) };
-            let found = topk::search(device, &corpus, queries, k, Some(bits))?;
+            let ready = self.ready(device, part)?;
+            let (found, _) = ready.search(device, &part.corpus(d), queries, k, Some(bits))?;
             for (best, hits) in best.iter_mut().zip(found) {
                 if let Some(hit) = hits.iter().find(|hit| !hit.score.is_finite() || hit.score.abs() > 1.01) {
                     let what = format!("row {} is no unit vector: the index is damaged, build it anew", hit.row);

@@ -21,6 +21,7 @@
 
 mod codes;
 mod scan;
+mod slabs;
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
@@ -164,14 +165,41 @@ pub fn search(
 
 /// A corpus made ready on a device: for many searches.
 pub struct Searcher<'a> {
+    device: &'a dyn Device,
     corpus: Corpus<'a>,
-    /// The fastest first.
-    passes: Vec<Pass<'a>>,
+    ready: Ready,
 }
 
 impl<'a> Searcher<'a> {
     /// Checks the corpus and brings as much of it to the device as fits there; the rest passes through at each search.
     pub fn new(device: &'a dyn Device, corpus: Corpus<'a>) -> Result<Searcher<'a>, Error> {
+        Searcher::within(device, corpus, usize::MAX)
+    }
+
+    /// The same with at most `limit` bytes of the device's memory for rows, those that pass through among them: half as
+    /// many more while a search by codes, all of which are there, must look at rows to prove its hits. Queries and lists
+    /// of a launch come on top, some 200 MiB at most.
+    pub fn within(device: &'a dyn Device, corpus: Corpus<'a>, limit: usize) -> Result<Searcher<'a>, Error> {
+        Ok(Searcher { device, corpus, ready: Ready::new(device, &corpus, limit)? })
+    }
+
+    /// The k best rows for each query, as [`search`] has them, and what it took to prove them.
+    pub fn search(&self, queries: &[f32], k: usize, filter: Option<&[u32]>) -> Result<(Vec<Vec<Hit>>, Effort), Error> {
+        self.ready.search(self.device, &self.corpus, queries, k, filter)
+    }
+}
+
+/// What a device holds of a corpus, for who keeps the device and the corpus elsewhere and gives them to each search again.
+pub struct Ready {
+    /// The fastest first.
+    passes: Vec<Pass>,
+    /// The corpus's rows and their elements.
+    shape: (usize, usize),
+}
+
+impl Ready {
+    /// As [`Searcher::within`].
+    pub fn new(device: &dyn Device, corpus: &Corpus<'_>, limit: usize) -> Result<Ready, Error> {
         let (d, n, elements) = (corpus.d, corpus.len(), corpus.exact().len());
         if d == 0 || n * d != elements {
             return Err(Error::Request(format!("{elements} elements are no rows of {d}")));
@@ -182,12 +210,21 @@ impl<'a> Searcher<'a> {
         if let Rows::I8 { codes, .. } = corpus.rows {
             codes.check(d, n)?;
         }
-        Ok(Searcher { passes: Pass::of(device, &corpus)?, corpus })
+        Ok(Ready { passes: Pass::of(device, corpus, limit)?, shape: (n, d) })
     }
 
-    /// The k best rows for each query, as [`search`] has them, and what it took to prove them.
-    pub fn search(&self, queries: &[f32], k: usize, filter: Option<&[u32]>) -> Result<(Vec<Vec<Hit>>, Effort), Error> {
-        let (d, n) = (self.corpus.d, self.corpus.len());
+    /// As [`Searcher::search`], with the device and the corpus that this was made of. Panics with a corpus of another
+    /// shape; the hits of other rows are nobody's.
+    pub fn search(
+        &self,
+        device: &dyn Device,
+        corpus: &Corpus<'_>,
+        queries: &[f32],
+        k: usize,
+        filter: Option<&[u32]>,
+    ) -> Result<(Vec<Vec<Hit>>, Effort), Error> {
+        let (n, d) = self.shape;
+        assert_eq!((corpus.len(), corpus.d), (n, d), "the corpus's rows and their elements");
         if k == 0 || k > MAX_K {
             return Err(Error::Request(format!("k is {k}: give 1 to {MAX_K}")));
         }
@@ -209,8 +246,9 @@ impl<'a> Searcher<'a> {
             for group in open.chunks(scan::MAX_QUERIES) {
                 let asked: Vec<&[f32]> = group.iter().map(|&q| queries[q]).collect();
                 let least: Vec<Option<f32>> = group.iter().map(|&q| found[q].least).collect();
-                let scans = pass.scan(&asked, k, wide, &least, filter)?;
-                let settled = asked.par_iter().zip(&scans).map(|(query, scan)| self.settle(query, k, scan, &effort[0]));
+                let scans = pass.scan(device, corpus, &asked, k, wide, &least, filter)?;
+                let settled = asked.par_iter().zip(&scans);
+                let settled = settled.map(|(query, scan)| corpus.settle(query, k, scan, &effort[0]));
                 for (&q, settled) in group.iter().zip(settled.collect::<Vec<_>>()) {
                     // What was reached once stays a bound.
                     let least = found[q].least.into_iter().chain(settled.least).reduce(f32::max);
@@ -226,15 +264,17 @@ impl<'a> Searcher<'a> {
             effort[0].fetch_add(open.len() * n, Relaxed);
             effort[2].store(open.len(), Relaxed);
             let asked: Vec<&[f32]> = open.iter().map(|&q| queries[q]).collect();
-            open.iter().zip(self.exhaust(&asked, k, filter)).for_each(|(&q, hits)| found[q].hits = hits);
+            open.iter().zip(corpus.exhaust(&asked, k, filter)).for_each(|(&q, hits)| found[q].hits = hits);
         }
         let [scored, widened, exhausted] = effort.map(AtomicUsize::into_inner);
         Ok((found.into_iter().map(|settled| settled.hits).collect(), Effort { scored, widened, exhausted }))
     }
+}
 
+impl Corpus<'_> {
     /// The hits among a query's candidates, and whether they are all.
     fn settle(&self, query: &[f32], k: usize, scan: &Candidates, scored: &AtomicUsize) -> Settled {
-        let scores = |rows: &[Scored]| self.corpus.scores(query, &rows.iter().map(|row| row.id).collect::<Vec<_>>());
+        let scores = |rows: &[Scored]| self.scores(query, &rows.iter().map(|row| row.id).collect::<Vec<_>>());
         let (first, rest) = scan.rows.split_at(k.min(scan.rows.len()));
         let mut hits = scores(first);
         if hits.len() == k {
@@ -254,7 +294,7 @@ impl<'a> Searcher<'a> {
 
     /// The hits by the score of every row.
     fn exhaust(&self, queries: &[&[f32]], k: usize, filter: Option<&[u32]>) -> Vec<Vec<Hit>> {
-        let n = self.corpus.len();
+        let n = self.len();
         let lists = || queries.iter().map(|_| Best::new(k, f32::NEG_INFINITY)).collect::<Vec<_>>();
         let runs = (0..n.div_ceil(RUN)).into_par_iter();
         let run = |mut lists: Vec<Best>, run: usize| {
@@ -265,7 +305,7 @@ impl<'a> Searcher<'a> {
                 }
             }
             for (query, list) in queries.iter().zip(&mut lists) {
-                for hit in self.corpus.scores(query, &rows) {
+                for hit in self.scores(query, &rows) {
                     list.put(Scored { score: hit.score, id: hit.row });
                 }
             }

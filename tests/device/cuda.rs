@@ -216,6 +216,64 @@ fn a_fault_on_the_card_is_told_with_the_kernel_that_ran() {
     has(run.lines()[0]["failure"].as_str().unwrap(), &words);
 }
 
+/// Rows of `.npy`, f32[n, d]: small numbers without a pattern, none of unit norm.
+fn write_rows(path: &Path, n: usize, d: usize) {
+    let values: Vec<f32> = (0..n * d).map(|i| ((i * 2654435761) % 1009) as f32 - 504.0).collect();
+    handmill::npy::write(path, &[n, d], &values).unwrap();
+}
+
+#[test]
+fn rows_pass_through_beside_the_work() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    // 4 MiB of rows in 1 MiB of memory: slabs of 256 KiB, of which two stay.
+    let (n, d) = (16384, 64);
+    write_rows(Path::new(&at("x.npy")), n, d);
+    write_rows(Path::new(&at("q.npy")), 3, d);
+    let search = |device: &str, ids: &str, more: &[&str]| {
+        let (x, q, ids) = (at("x.npy"), at("q.npy"), at(ids));
+        let args = ["search", "--corpus", &x, "--queries", &q, "-k", "9", "--device", device, "--out-ids", &ids];
+        let run = with_driver("", None, &[&args[..], &["--json", "--repeat", "2"], more].concat());
+        assert_eq!(run.code, 0, "{}", run.stderr);
+        (run, std::fs::read(ids).unwrap())
+    };
+    let (_, expected) = search("cpu", "cpu.npy", &[]);
+    let (resident, found) = search("cuda", "all.npy", &[]);
+    assert!(found == expected && resident.calls("cuMemHostAlloc").is_empty(), "all rows stay");
+    let (run, found) = search("cuda", "some.npy", &["--device-memory", "1"]);
+    assert!(found == expected, "other rows are found where some pass through");
+    let refused: Vec<_> = run.calls.iter().filter(|call| !call.ends_with(" = 0")).collect();
+    assert!(refused.is_empty(), "{refused:?}");
+
+    // Memory: the rows' 1 MiB, and what queries and lists take, which is all the same where every row stays.
+    let most = |run: &Run| {
+        let held = |call: &&String| call.split(", ").nth(1)?.split(' ').next()?.parse::<usize>().ok();
+        run.calls("cuMemAllocAsync").iter().filter_map(held).max().unwrap()
+    };
+    let beside = most(&resident) - 4 * n * d;
+    assert!(most(&run) <= (1 << 20) + beside, "{} bytes held, {beside} beside rows", most(&run));
+
+    // Order: the copies of a slab are queued after the launch over the one before it and before that one's lists are
+    // read, and nothing waits for them but the next launch.
+    let is_scan = |call: &String| call.starts_with("cuLaunchKernel cosine_topk_");
+    let is_copy = |call: &String| call.starts_with("cuMemcpyHtoDAsync") && call.contains("of another stream");
+    let (mut beside, mut launches) = (0, 0);
+    for after in run.calls.split(is_scan).skip(1) {
+        launches += 1;
+        let read = after.iter().position(|call| call.starts_with("cuMemcpyDtoHAsync")).expect("lists are read");
+        let copies = after.iter().filter(|call| is_copy(call)).count();
+        assert_eq!(after[..read].iter().filter(|call| is_copy(call)).count(), copies, "{after:?}");
+        let waits = after[..read].iter().filter(|call| call.starts_with("cuStreamWaitEvent =")).count();
+        assert_eq!(waits, 0, "{after:?}");
+        beside += usize::from(copies > 0);
+    }
+    // Of 17 slabs two stay; in both searches each that passes comes beside the launch before it.
+    let passing = launches / 2 - 2;
+    assert_eq!((launches % 2, beside), (0, 2 * passing), "{launches} launches");
+    assert!(passing >= 14, "{passing} slabs pass");
+    assert_eq!(run.calls("cuStreamWaitEvent of another stream").len(), 0, "no copy waits for the work before it");
+}
+
 #[test]
 fn gpu_check_writes_a_record_and_ends_with_a_table() {
     let folder = tempfile::tempdir().unwrap();

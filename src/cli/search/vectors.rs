@@ -38,6 +38,9 @@ pub struct VectorSearch {
     /// Queries searched for at a time
     #[arg(long, value_name = "N", default_value_t = 1024, requires = "corpus")]
     batch: usize,
+    /// Memory of the device for rows of the corpus: those beyond it pass through at each search [default: what there is]
+    #[arg(long, value_name = "MIB", requires = "corpus")]
+    device_memory: Option<usize>,
     /// Search so many times and report the median time
     #[arg(long, value_name = "N", default_value_t = 1, requires = "corpus")]
     repeat: usize,
@@ -89,7 +92,8 @@ impl VectorSearch {
         let codes = matches!(self.format, Some(Format::I8)).then(|| Codes::quantize(corpus.d, corpus.exact()));
         let rows = codes.as_ref().map_or_else(|| corpus.corpus(), |codes| corpus.corpus_by(codes));
         let (format, bytes) = held(&rows.rows);
-        let searcher = Searcher::new(&*device, rows)?;
+        let limit = self.device_memory.map_or(usize::MAX, |mib| mib.saturating_mul(1 << 20));
+        let searcher = Searcher::within(&*device, rows, limit)?;
         reading.finish_and_clear();
 
         let elements = queries.to_f32();

@@ -147,10 +147,20 @@ impl Queue {
             state.written += part.len();
             if state.written >= WRITTEN_BYTES {
                 self.flush_locked(state, faults)?;
-                self.wait(faults)?;
-                state.written = 0;
+                self.wait(state, faults)?;
             }
         }
+        faults.take(&self.id, "write")
+    }
+
+    /// The same without a wait: what is queued is sent first, so that the device works while wgpu takes its copy of the
+    /// bytes, all of them. The device's queue is one, so they reach the memory after that work.
+    pub fn write_ahead(&self, faults: &Faults, target: &Memory, offset: usize, source: &[u8]) -> Result<()> {
+        let state = &mut *lock(&self.state);
+        self.flush_locked(state, faults)?;
+        self.queue.write_buffer(&target.buffer, offset as u64, source);
+        // The next of the other writes waits for these too.
+        state.written += source.len();
         faults.take(&self.id, "write")
     }
 
@@ -178,7 +188,7 @@ impl Queue {
             self.flush_locked(state, faults)?;
             let slice = staging.slice(..target.len() as u64);
             slice.map_async(wgpu::MapMode::Read, |_| {}); // a failure shows below
-            self.wait(faults)?;
+            self.wait(state, faults)?;
             match slice.get_mapped_range() {
                 Ok(mapped) => target.copy_from_slice(&mapped),
                 Err(error) => return Err(Error::Invalid { what: "read".into(), reason: error.to_string() }),
@@ -204,8 +214,9 @@ impl Queue {
 
     /// Sends what is queued and waits for it.
     pub fn sync(&self, faults: &Faults) -> Result<()> {
-        self.flush_locked(&mut lock(&self.state), faults)?;
-        self.wait(faults)
+        let state = &mut *lock(&self.state);
+        self.flush_locked(state, faults)?;
+        self.wait(state, faults)
     }
 
     /// Nanoseconds, by the device's clock, from before the first to after the last of what `work` queues.
@@ -282,11 +293,12 @@ impl Queue {
     }
 
     /// Waits for everything sent.
-    fn wait(&self, faults: &Faults) -> Result<()> {
+    fn wait(&self, state: &mut State, faults: &Faults) -> Result<()> {
         let poll = || self.device.poll(PollType::Wait { submission_index: None, timeout: Some(PATIENCE) });
         // wgpu panics where the device is lost meanwhile; the callback has told why.
         let done = catch_unwind(AssertUnwindSafe(poll));
         faults.take(&self.id, &self.id)?;
+        state.written = 0;
         let reason = match done {
             Ok(Ok(_)) => return Ok(()),
             Ok(Err(wgpu::PollError::Timeout)) => {

@@ -1,5 +1,5 @@
 //! One scan of the rows by a kernel: launches over slabs of them, on the host where they lie or on a device they are
-//! copied to.
+//! copied to (`slabs`).
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -7,6 +7,7 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use super::codes::QueryCodes;
+use super::slabs::{upload, Passing, Slabs, Stream};
 use super::{Codes, Corpus, Exact, Rows, MAX_NORM};
 use crate::device::{self, Buffer, Device};
 use crate::op::{DeviceKind, Dims, Kernel, OpSpec, Slice, Source};
@@ -17,8 +18,6 @@ use crate::Error;
 
 /// Most queries of a launch.
 pub const MAX_QUERIES: usize = 1024;
-/// Most bytes of rows in a launch of a device with memory of its own.
-const SLAB: usize = 256 << 20;
 /// Most places of a launch's lists.
 const MAX_PLACES: usize = 1 << 24;
 /// Rows that a split has at least, so that filling its lists is a small part of its work.
@@ -47,15 +46,13 @@ enum Stored<'a> {
     Codes(&'a Codes<'a>),
 }
 
-/// Scans with one op and one activation type.
-pub struct Pass<'a> {
-    device: &'a dyn Device,
+/// Scans with one op and one activation type. The device and the corpus that it was made for are given again to each.
+pub struct Pass {
     spec: &'static OpSpec,
     act: Dtype,
-    stored: Stored<'a>,
-    d: usize,
-    /// In order, all rows. A host has no buffers; a device has them as far as its memory goes.
-    slabs: Vec<Slab>,
+    /// Whether it scans codes.
+    coded: bool,
+    slabs: Slabs,
     /// For i8, the codes' largest residual.
     residual: f64,
     /// The largest `score_error` of a kernel that a launch may take.
@@ -65,10 +62,19 @@ pub struct Pass<'a> {
     finite: Option<Arc<Vec<u32>>>,
 }
 
-struct Slab {
-    rows: Range<usize>,
-    /// The rows' arguments on the device.
-    resident: Option<Vec<Buffer>>,
+/// One scan: what it reads, and where it runs.
+#[derive(Clone, Copy)]
+struct Scan<'a> {
+    pass: &'a Pass,
+    device: &'a dyn Device,
+    stored: Stored<'a>,
+    d: usize,
+}
+
+/// What a launch gave: lists that a host's kernel left, or where a device's will be, so many places.
+enum Launched {
+    Here(Vec<u32>, Vec<f32>),
+    There([Buffer; 2], usize),
 }
 
 /// A bit for each row of finite numbers; none where all are.
@@ -82,123 +88,94 @@ fn finite_rows(corpus: &Corpus<'_>) -> Option<Vec<u32>> {
     (!finite.iter().all(|&set| set)).then(|| finite.chunks(32).map(word).collect())
 }
 
-impl<'a> Pass<'a> {
-    /// The passes for a corpus, the fastest first, each with smaller errors than the one before.
-    pub fn of(device: &'a dyn Device, corpus: &Corpus<'a>) -> Result<Vec<Pass<'a>>, Error> {
-        let exact = match corpus.exact() {
-            Exact::F32(_) => &cosine_topk::COSINE_TOPK_F32,
-            Exact::F16(_) => &cosine_topk::COSINE_TOPK_F16,
-        };
-        let mut wanted = Vec::new();
-        if let (Rows::I8 { codes, .. }, true) = (corpus.rows, corpus.d <= MAX_CODES) {
-            wanted.push((&cosine_topk::COSINE_TOPK_I8, Dtype::F32, Stored::Codes(codes)));
-        }
-        for act in [Dtype::BF16, Dtype::F16, Dtype::F32] {
-            wanted.push((exact, act, Stored::Exact(corpus.exact())));
-        }
-        let on_host = device.caps().kind == DeviceKind::Cpu;
-        let finite = if on_host { None } else { finite_rows(corpus).map(Arc::new) };
-        let mut passes: Vec<Pass<'a>> = Vec::new();
-        for (spec, act, stored) in wanted {
-            let kind = device.caps().kind;
-            let kernels = || spec.kernels().filter(|kernel| kernel.act == act && kind.runs(&kernel.source));
-            if kernels().next().is_none() {
-                continue;
-            }
-            let relative = kernels().fold(0.0f64, |most, kernel| most.max(cosine_topk::score_error(kernel, corpus.d)));
-            let residual = match stored {
-                Stored::Codes(codes) => codes.largest_residual() as f64,
-                Stored::Exact(_) => 0.0,
-            };
-            let mut pass = Pass {
-                device,
-                spec,
-                act,
-                stored,
-                d: corpus.d,
-                slabs: Vec::new(),
-                residual,
-                relative,
-                finite: finite.clone(),
-            };
-            pass.slabs = pass.cut(corpus.len());
-            // What a later pass scans is scanned seldom: it passes through.
-            if passes.is_empty() {
-                pass.settle_in()?;
-            }
-            passes.push(pass);
-        }
-        Ok(passes)
-    }
-
-    fn on_host(&self) -> bool {
-        self.device.caps().kind == DeviceKind::Cpu
-    }
-
-    /// Bytes of a row.
-    fn row_bytes(&self) -> usize {
-        match self.stored {
-            Stored::Exact(Exact::F32(_)) => 4 * self.d,
-            Stored::Exact(Exact::F16(_)) => 2 * self.d,
-            Stored::Codes(_) => self.d.next_multiple_of(CODE_PITCH),
+impl<'a> Stored<'a> {
+    /// What a pass over codes, or over rows as they are, reads of a corpus.
+    fn of(corpus: &Corpus<'a>, coded: bool) -> Stored<'a> {
+        match corpus.rows {
+            Rows::I8 { codes, .. } if coded => Stored::Codes(codes),
+            _ => Stored::Exact(corpus.exact()),
         }
     }
 
-    /// Slabs of whole words of a filter.
-    fn cut(&self, n: usize) -> Vec<Slab> {
-        let slab = |rows| Slab { rows, resident: None };
-        if self.on_host() {
-            let grown = |end: &usize| Some(end.saturating_mul(GROWTH)).filter(|_| *end < n);
-            let ends: Vec<usize> = std::iter::successors(Some(FIRST), grown).map(|end| end.min(n)).collect();
-            let starts = std::iter::once(0).chain(ends.iter().copied());
-            return starts.zip(&ends).map(|(start, end)| slab(start..*end)).collect();
-        }
-        let most = SLAB.min(self.device.caps().max_binding) / self.row_bytes();
-        let rows = (most / 32 * 32).max(32);
-        (0..n).step_by(rows).map(|first| slab(first..n.min(first + rows))).collect()
-    }
-
-    /// Copies slabs to the device until its memory is full.
-    fn settle_in(&mut self) -> Result<(), Error> {
-        if self.on_host() {
-            return Ok(());
-        }
-        for i in 0..self.slabs.len() {
-            match self.upload(&self.slabs[i].rows) {
-                Ok(buffers) => self.slabs[i].resident = Some(buffers),
-                Err(device::Error::OutOfMemory { .. }) if i > 0 => {
-                    // Room for what passes through.
-                    self.slabs[i - 1].resident = None;
-                    break;
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(())
-    }
-
-    /// The arguments that hold these rows.
-    fn row_args(&self, rows: &Range<usize>) -> Vec<&'a [u8]> {
-        let elements = rows.start * self.d..rows.end * self.d;
-        match self.stored {
+    /// The arguments that hold these rows of `d` elements.
+    fn args(&self, d: usize, rows: &Range<usize>) -> Vec<&'a [u8]> {
+        let elements = rows.start * d..rows.end * d;
+        match self {
             Stored::Exact(Exact::F32(all)) => vec![bytemuck::cast_slice(&all[elements])],
             Stored::Exact(Exact::F16(all)) => vec![bytemuck::cast_slice(&all[elements])],
             Stored::Codes(codes) => {
-                let pitch = self.row_bytes();
+                let pitch = d.next_multiple_of(CODE_PITCH);
                 let of_rows = &codes.codes[rows.start * pitch..rows.end * pitch];
                 vec![bytemuck::cast_slice(of_rows), bytemuck::cast_slice(&codes.scales[rows.clone()])]
             }
         }
     }
 
-    fn upload(&self, rows: &Range<usize>) -> device::Result<Vec<Buffer>> {
-        self.row_args(rows).into_iter().map(|bytes| upload(self.device, bytes)).collect()
+    /// Bytes of a row in all of them.
+    fn row_bytes(&self, d: usize) -> usize {
+        match self {
+            Stored::Exact(Exact::F32(_)) => 4 * d,
+            Stored::Exact(Exact::F16(_)) => 2 * d,
+            Stored::Codes(_) => d.next_multiple_of(CODE_PITCH) + 4,
+        }
+    }
+}
+
+/// Slabs of `n` rows for a host.
+fn for_host(n: usize) -> Slabs {
+    let grown = |end: &usize| Some(end.saturating_mul(GROWTH)).filter(|_| *end < n);
+    let ends: Vec<usize> = std::iter::successors(Some(FIRST), grown).map(|end| end.min(n)).collect();
+    let starts = std::iter::once(0).chain(ends.iter().copied());
+    Slabs::on_host(starts.zip(&ends).map(|(start, end)| start..*end))
+}
+
+impl Pass {
+    /// The passes for a corpus, the fastest first, each with smaller errors than the one before. The first has as many of
+    /// its rows on the device as fit in `limit` bytes there.
+    pub fn of(device: &dyn Device, corpus: &Corpus<'_>, limit: usize) -> Result<Vec<Pass>, Error> {
+        let exact = match corpus.exact() {
+            Exact::F32(_) => &cosine_topk::COSINE_TOPK_F32,
+            Exact::F16(_) => &cosine_topk::COSINE_TOPK_F16,
+        };
+        let mut wanted = Vec::new();
+        if let (Rows::I8 { codes, .. }, true) = (corpus.rows, corpus.d <= MAX_CODES) {
+            wanted.push((&cosine_topk::COSINE_TOPK_I8, Dtype::F32, codes.largest_residual() as f64, true));
+        }
+        for act in [Dtype::BF16, Dtype::F16, Dtype::F32] {
+            wanted.push((exact, act, 0.0, false));
+        }
+        let on_host = device.caps().kind == DeviceKind::Cpu;
+        let finite = if on_host { None } else { finite_rows(corpus).map(Arc::new) };
+        let mut passes: Vec<Pass> = Vec::new();
+        let (passing, (d, n)) = (Passing::default(), (corpus.d, corpus.len()));
+        for (spec, act, residual, coded) in wanted {
+            let kind = device.caps().kind;
+            let kernels = || spec.kernels().filter(|kernel| kernel.act == act && kind.runs(&kernel.source));
+            if kernels().next().is_none() {
+                continue;
+            }
+            let relative = kernels().fold(0.0f64, |most, kernel| most.max(cosine_topk::score_error(kernel, d)));
+            let stored = Stored::of(corpus, coded);
+            let mut slabs = match on_host {
+                true => for_host(n),
+                false => Slabs::cut(device, n, stored.row_bytes(d), limit, passing.clone())?,
+            };
+            // What a later pass scans is scanned seldom: it passes through.
+            if passes.is_empty() && !on_host {
+                slabs.settle(device, limit, &|rows| stored.args(d, rows))?;
+            }
+            passes.push(Pass { spec, act, coded, slabs, residual, relative, finite: finite.clone() });
+        }
+        Ok(passes)
     }
 
     /// Candidates for the k best of each query, whose number is at most [`MAX_QUERIES`]. `least` is a score that the k-th
     /// best is known to reach. A wide scan takes many more candidates.
+    #[allow(clippy::too_many_arguments)]
     pub fn scan(
         &self,
+        device: &dyn Device,
+        corpus: &Corpus<'_>,
         queries: &[&[f32]],
         k: usize,
         wide: bool,
@@ -214,15 +191,16 @@ impl<'a> Pass<'a> {
             (Some(finite), None) => Some(&finite[..]),
             (None, filter) => filter,
         };
-        let (query_args, errors) = self.prepare(queries);
+        let scan = Scan { pass: self, device, stored: Stored::of(corpus, self.coded), d: corpus.d };
+        let (query_args, errors) = scan.prepare(queries);
         // With codes or few bits many rows lie near the k-th; else next to none.
-        let margin = match self.stored {
+        let margin = match self.coded {
             _ if wide => MAX_K,
-            Stored::Codes(_) => 6 * k + 32,
-            Stored::Exact(_) if self.relative > 1e-3 => 3 * k + 32,
-            Stored::Exact(_) => k / 8 + 8,
+            true => 6 * k + 32,
+            false if self.relative > 1e-3 => 3 * k + 32,
+            false => k / 8 + 8,
         };
-        let places = self.places((k + margin).min(MAX_K), queries.len())?;
+        let places = scan.places((k + margin).min(MAX_K), queries.len())?;
         let floor = |(least, error): (&Option<f32>, &f64)| {
             least.map_or(f32::NEG_INFINITY, |least| ((least as f64 - error) as f32).next_down())
         };
@@ -233,28 +211,42 @@ impl<'a> Pass<'a> {
             |(floor, error): (&f32, &f64)| Candidates { rows: Vec::new(), outside: below(floor), error: *error };
         let mut found: Vec<Candidates> = floors.iter().zip(&errors).map(start).collect();
         // Of what a launch binds beside rows, lists and queries may be large.
-        let most = MAX_PLACES.min(self.device.caps().max_binding / 4);
-        let group = (most / (places * DEVICE_SPLITS).max(self.d)).clamp(1, queries.len());
-        for slab in &self.slabs {
-            for first in (0..queries.len()).step_by(group) {
-                let some = first..queries.len().min(first + group);
-                let query_args: Vec<&[u8]> = query_args.iter().map(|bytes| part(bytes, &some, queries.len())).collect();
-                let words = filter.map(|words| &words[slab.rows.start / 32..slab.rows.end.div_ceil(32)]);
-                let lists =
-                    self.launch(slab, some.len(), places, &query_args, words.unwrap_or(&[]), &floors[some.clone()])?;
+        let most = MAX_PLACES.min(device.caps().max_binding / 4);
+        let group = (most / (places * DEVICE_SPLITS).max(corpus.d)).clamp(1, queries.len());
+        let groups: Vec<Range<usize>> =
+            (0..queries.len()).step_by(group).map(|first| first..queries.len().min(first + group)).collect();
+        let parts = |some: &Range<usize>| query_args.iter().map(|bytes| part(bytes, some, queries.len())).collect();
+        let parts: Vec<Vec<&[u8]>> = groups.iter().map(parts).collect();
+        let uploads = |parts: &Vec<&[u8]>| parts.iter().map(|bytes| upload(device, bytes)).collect();
+        let on_device: Vec<Vec<Buffer>> = match device.caps().kind {
+            DeviceKind::Cpu => vec![Vec::new(); groups.len()],
+            _ => parts.iter().map(uploads).collect::<device::Result<_>>()?,
+        };
+        let args = |rows: &Range<usize>| scan.stored.args(scan.d, rows);
+        let mut stream = self.slabs.stream(device, &args)?;
+        for (i, rows) in self.slabs.ranges().enumerate() {
+            let words = filter.map_or(&[][..], |words| &words[rows.start / 32..rows.end.div_ceil(32)]);
+            for ((some, parts), on_device) in groups.iter().zip(&parts).zip(&on_device) {
+                let floors_of = &floors[some.clone()];
+                let launched = scan.launch(&mut stream, i, rows, places, (parts, on_device), words, floors_of)?;
+                // While the device works, the next rows come.
+                stream.bring_after(i)?;
+                let lists = scan.collect(launched)?;
                 let lists = lists.par_chunks_exact(lists.len() / some.len());
-                let queries = found[some.clone()].par_iter_mut().zip(&mut floors[some]).zip(lists);
+                let queries = found[some.clone()].par_iter_mut().zip(&mut floors[some.clone()]).zip(lists);
                 queries.for_each(|((found, floor), lists)| found.join(lists, k, places, floor));
             }
         }
         Ok(found)
     }
+}
 
+impl Scan<'_> {
     /// As many places as wanted, or as a kernel of the device takes: fewer prove less, and what is left unproven is for
     /// another pass.
     fn places(&self, wanted: usize, queries: usize) -> Result<usize, Error> {
-        let n = self.slabs.iter().map(|slab| slab.rows.len()).max().unwrap_or(1);
-        let dims = |places| self.spec.dims(&[queries, n, self.d, places, 1, 0, 0], &[]);
+        let n = self.pass.slabs.ranges().map(Range::len).max().unwrap_or(1);
+        let dims = |places| self.pass.spec.dims(&[queries, n, self.d, places, 1, 0, 0], &[]);
         let takes = |places: &usize| self.choose(&dims(*places)).is_some();
         let fewer = std::iter::successors(Some(wanted), |places| Some(places / 2).filter(|places| *places > 0));
         fewer.into_iter().find(takes).ok_or_else(|| self.unsupported(&dims(wanted)))
@@ -263,18 +255,18 @@ impl<'a> Pass<'a> {
     /// The kernel for a launch. Where none of the pass's type takes it, such as few queries, one of f32 sums has smaller
     /// errors yet.
     fn choose(&self, dims: &Dims) -> Option<&'static Kernel> {
-        let of = |act| self.spec.choose(dims, act, self.device.caps());
-        of(self.act).or_else(|| of(Dtype::F32))
+        let of = |act| self.pass.spec.choose(dims, act, self.device.caps());
+        of(self.pass.act).or_else(|| of(Dtype::F32))
     }
 
     fn unsupported(&self, dims: &Dims) -> Error {
         let device = self.device.id().to_string();
-        device::Error::Unsupported { op: self.spec.id(), dims: dims.to_string(), device }.into()
+        device::Error::Unsupported { op: self.pass.spec.id(), dims: dims.to_string(), device }.into()
     }
 
     /// The arguments before the rows for these queries, and the error of each query's scores.
     fn prepare(&self, queries: &[&[f32]]) -> (Vec<Vec<u8>>, Vec<f64>) {
-        let relative = self.relative;
+        let Pass { relative, residual, .. } = *self.pass;
         // What may be lost where factors or products are below f32's normal range, and so may be taken for zero.
         let tiny = |norm: f64| 8.0 * self.d as f64 * f32::MIN_POSITIVE as f64 * (1.0 + norm);
         let norm = |q: &[f32]| q.iter().map(|v| (*v as f64).powi(2)).sum::<f64>().sqrt();
@@ -285,8 +277,8 @@ impl<'a> Pass<'a> {
         let codes: Vec<QueryCodes> = queries.iter().map(|query| QueryCodes::of(query)).collect();
         // Decoded rows are a little longer than rows, by no more than what they leave out.
         let error = |q: &QueryCodes| {
-            let longest = MAX_NORM + self.residual;
-            self.residual * q.norm + q.residual as f64 * MAX_NORM + relative * q.norm * longest + tiny(q.norm)
+            let longest = MAX_NORM + residual;
+            residual * q.norm + q.residual as f64 * MAX_NORM + relative * q.norm * longest + tiny(q.norm)
         };
         let scales: Vec<f32> = codes.iter().map(|q| q.scale).collect();
         let all: Vec<i8> = codes.iter().flat_map(|q| q.codes.iter().copied()).collect();
@@ -294,31 +286,49 @@ impl<'a> Pass<'a> {
         (args, codes.iter().map(error).collect())
     }
 
-    /// The lists of one launch, query after query, for each a number of lists of `places`.
+    /// Launches over the rows of slab `i` for some queries, whose arguments are given as bytes and, for a device, as
+    /// buffers; a floor each query.
+    #[allow(clippy::too_many_arguments)]
     fn launch(
         &self,
-        slab: &Slab,
-        queries: usize,
+        stream: &mut Stream<'_>,
+        i: usize,
+        rows: &Range<usize>,
         places: usize,
-        query_args: &[&[u8]],
+        (parts, on_device): (&[&[u8]], &[Buffer]),
         filter: &[u32],
         floors: &[f32],
-    ) -> Result<Vec<Scored>, Error> {
-        let n = slab.rows.len();
-        let most = if self.on_host() { 2 * rayon::current_num_threads() } else { DEVICE_SPLITS };
-        let splits = n.div_ceil(SPLIT_ROWS.max(places)).clamp(1, most);
-        let values = [queries, n, self.d, places, splits, slab.rows.start, usize::from(!filter.is_empty())];
-        let dims = self.spec.dims(&values, &[]);
+    ) -> Result<Launched, Error> {
+        let most = match self.device.caps().kind {
+            DeviceKind::Cpu => 2 * rayon::current_num_threads(),
+            _ => DEVICE_SPLITS,
+        };
+        let splits = rows.len().div_ceil(SPLIT_ROWS.max(places)).clamp(1, most);
+        let values = [floors.len(), rows.len(), self.d, places, splits, rows.start, usize::from(!filter.is_empty())];
+        let dims = self.pass.spec.dims(&values, &[]);
         let Some(kernel) = self.choose(&dims) else {
             return Err(self.unsupported(&dims));
         };
         let inputs = [bytemuck::cast_slice::<u32, u8>(filter), bytemuck::cast_slice(floors)];
-        let (ids, scores) = match kernel.source {
+        match kernel.source {
             Source::Rust(body) => {
-                let args = [query_args, &self.row_args(&slab.rows), &inputs].concat();
-                self.launch_on_host(kernel, body, &dims, &args)
+                let args = [parts, &self.stored.args(self.d, rows), &inputs].concat();
+                Ok(self.launch_on_host(kernel, body, &dims, &args))
             }
-            _ => self.launch_on_device(slab, kernel, &dims, query_args, &inputs)?,
+            _ => self.launch_on_device(&stream.buffers(i)?, kernel, &dims, on_device, &inputs),
+        }
+    }
+
+    /// The lists of a launch, query after query, for each a number of lists: waits for a device.
+    fn collect(&self, launched: Launched) -> Result<Vec<Scored>, Error> {
+        let (ids, scores) = match launched {
+            Launched::Here(ids, scores) => (ids, scores),
+            Launched::There(found, count) => {
+                let (mut ids, mut scores) = (vec![0u32; count], vec![0f32; count]);
+                self.device.read(&found[0], 0, bytemuck::cast_slice_mut(&mut ids))?;
+                self.device.read(&found[1], 0, bytemuck::cast_slice_mut(&mut scores))?;
+                (ids, scores)
+            }
         };
         Ok(ids.into_iter().zip(scores).map(|(id, score)| Scored { score, id }).collect())
     }
@@ -330,57 +340,49 @@ impl<'a> Pass<'a> {
         body: fn(&Dims, &mut [Slice<'_>]),
         dims: &Dims,
         inputs: &[&[u8]],
-    ) -> (Vec<u32>, Vec<f32>) {
+    ) -> Launched {
         let places = dims["Q"] * dims["S"] * dims["K"];
         let (mut ids, mut scores) = (vec![0u32; places], vec![0f32; places]);
         let mut slices: Vec<Slice<'_>> = inputs.iter().map(|bytes| Slice::In(bytes)).collect();
         slices.push(Slice::Out(bytemuck::cast_slice_mut(&mut ids)));
         slices.push(Slice::Out(bytemuck::cast_slice_mut(&mut scores)));
-        for (arg, slice) in self.spec.args.iter().zip(&slices) {
+        for (arg, slice) in self.pass.spec.args.iter().zip(&slices) {
             let bytes: &[u8] = slice.as_slice();
             assert_eq!(bytes.len(), arg.bytes(dims, kernel.act), "{} of {} ({dims})", arg.name, kernel.stem);
         }
         body(dims, &mut slices);
-        (ids, scores)
+        Launched::Here(ids, scores)
     }
 
-    /// Runs a kernel on the slab's buffers, or on copies made for this launch, and joins the splits' lists there.
+    /// Queues a kernel on a slab's buffers, and the joining of the splits' lists.
     fn launch_on_device(
         &self,
-        slab: &Slab,
+        rows: &[Buffer],
         kernel: &'static Kernel,
         dims: &Dims,
-        query_args: &[&[u8]],
+        queries: &[Buffer],
         inputs: &[&[u8]],
-    ) -> Result<(Vec<u32>, Vec<f32>), Error> {
-        let (queries, splits, places) = (dims["Q"], dims["S"], dims["K"]);
-        let uploads = |all: &[&[u8]]| all.iter().map(|bytes| upload(self.device, bytes)).collect::<device::Result<_>>();
-        let (before, after): (Vec<Buffer>, Vec<Buffer>) = (uploads(query_args)?, uploads(inputs)?);
-        let rows = match &slab.resident {
-            Some(buffers) => buffers.clone(),
-            None => self.upload(&slab.rows)?,
-        };
+    ) -> Result<Launched, Error> {
+        let after = inputs.iter().map(|bytes| upload(self.device, bytes)).collect::<device::Result<Vec<_>>>()?;
         let lists = |count: usize| -> device::Result<[Buffer; 2]> {
             Ok([self.device.alloc(4 * count)?, self.device.alloc(4 * count)?])
         };
-        let mut found = lists(queries * splits * places)?;
-        let args: Vec<&Buffer> = before.iter().chain(&rows).chain(&after).chain(&found).collect();
-        self.device.launch(self.spec, kernel, &args, dims)?;
-        let mut count = queries * splits * places;
-        let merge = cosine_topk::TOPK_MERGE.dims(&[queries, splits, places], &[]);
+        let (asked, splits, places) = (dims["Q"], dims["S"], dims["K"]);
+        let mut count = asked * splits * places;
+        let mut found = lists(count)?;
+        let args: Vec<&Buffer> = queries.iter().chain(rows).chain(&after).chain(&found).collect();
+        self.device.launch(self.pass.spec, kernel, &args, dims)?;
+        let merge = cosine_topk::TOPK_MERGE.dims(&[asked, splits, places], &[]);
         let can_merge = cosine_topk::TOPK_MERGE.choose(&merge, Dtype::F32, self.device.caps()).is_some();
         // The most places leave no margin in one list.
         if splits > 1 && places < MAX_K && can_merge {
-            count = queries * places;
+            count = asked * places;
             let joined = lists(count)?;
             let args = [&found[0], &found[1], &joined[0], &joined[1]];
             device::run(self.device, &cosine_topk::TOPK_MERGE, &args, &merge)?;
             found = joined;
         }
-        let (mut ids, mut scores) = (vec![0u32; count], vec![0f32; count]);
-        self.device.read(&found[0], 0, bytemuck::cast_slice_mut(&mut ids))?;
-        self.device.read(&found[1], 0, bytemuck::cast_slice_mut(&mut scores))?;
-        Ok((ids, scores))
+        Ok(Launched::There(found, count))
     }
 }
 
@@ -419,11 +421,4 @@ impl Candidates {
 fn part<'b>(bytes: &'b [u8], some: &Range<usize>, count: usize) -> &'b [u8] {
     let one = bytes.len() / count;
     &bytes[some.start * one..some.end * one]
-}
-
-/// A copy on the device.
-fn upload(device: &dyn Device, bytes: &[u8]) -> device::Result<Buffer> {
-    let buffer = device.alloc(bytes.len())?;
-    device.write(&buffer, 0, bytes)?;
-    Ok(buffer)
 }

@@ -2,16 +2,20 @@
 //! driver's place by tests, and refuses what a driver refuses: a thread without a context, a foreign address, a copy
 //! past an allocation, too much shared memory without opting in.
 //!
+//! The first stream after a context is retained works at once. On any other a copy from memory of `cuMemHostAlloc` waits until someone waits for it,
+//! and reads its source only then: a wait that is forgotten, or memory written too early, shows in the results.
+//!
 //! `FAKE_CUDA` is a list of what to pretend, separated by commas: `old_driver`, `no_device`, `broken_driver`,
 //! `old_card`, `two_cards`, `no_pool`, `bytes=N` (the card's memory), `no_resources` (launches are refused), `idle`
-//! (launches do nothing), `only=STEM` (launches of other kernels do nothing). `FAKE_CUDA_LOG` names a file that each call adds a line to.
+//! (launches do nothing), `only=STEM` (launches of other kernels do nothing). `FAKE_CUDA_LOG` names a file that each call
+//! adds a line to.
 
 mod memory;
 mod module;
 
 use ptx_sim::{BufferId, Memory, Module};
 use std::cell::Cell;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::ffi::{c_char, c_int, c_uint, c_void, CStr};
 use std::fmt::Display;
 use std::io::Write;
@@ -32,7 +36,7 @@ const ILLEGAL_ADDRESS: Status = 700;
 const OUT_OF_RESOURCES: Status = 701;
 const UNKNOWN: Status = 999;
 
-/// Handles that are not addresses: a call that is given another one is refused.
+/// Handles that are not addresses: a call that is given another one is refused. Streams are numbered from `STREAM` on.
 const CONTEXT: usize = 0xc0;
 const STREAM: usize = 0x57;
 const POOL: usize = 0x90;
@@ -46,11 +50,57 @@ struct State {
     allocated: usize,
     modules: Vec<Module>,
     functions: Vec<module::Function>,
-    events: Vec<Option<Instant>>,
-    streams: usize,
+    events: Vec<Event>,
+    streams: Vec<Stream>,
+    /// Whether the next stream is a context's first.
+    fresh: bool,
+    /// Memory of the host that the driver gave, by address, and its bytes.
+    host: HashMap<usize, usize>,
+    /// Copies on other streams than the first that nobody has waited for, each with its number, from 1.
+    late: VecDeque<(usize, memory::Late)>,
+    copies: usize,
     retained: usize,
     /// A fault on the card: told by each call from then on.
     fault: Option<Status>,
+}
+
+/// When an event was recorded, and the last copy that it stands after; none before that or after its end.
+#[derive(Clone, Copy, Default)]
+struct Event {
+    alive: bool,
+    recorded: Option<(Instant, usize)>,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Stream {
+    AtOnce,
+    Late,
+    Gone,
+}
+
+impl State {
+    fn stream(&self, stream: usize) -> Stream {
+        let known = stream.checked_sub(STREAM).and_then(|number| self.streams.get(number));
+        known.copied().unwrap_or(Stream::Gone)
+    }
+
+    /// A stream that works at once.
+    fn is_first(&self, stream: usize) -> bool {
+        self.stream(stream) == Stream::AtOnce
+    }
+
+    /// For the log: nothing for a first stream.
+    fn which(&self, stream: usize) -> &'static str {
+        if self.is_first(stream) {
+            ""
+        } else {
+            " of another stream"
+        }
+    }
+
+    fn event(&mut self, event: usize) -> Option<&mut Event> {
+        self.events.get_mut(event.wrapping_sub(1)).filter(|event| event.alive)
+    }
 }
 
 static STATE: LazyLock<Mutex<State>> = LazyLock::new(Mutex::default);
@@ -178,7 +228,9 @@ unsafe extern "C" fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_uint, 
 
 #[no_mangle]
 unsafe extern "C" fn cuDevicePrimaryCtxRetain(context: *mut usize, device: c_int) -> Status {
-    state().retained += 1;
+    let mut state = state();
+    state.retained += 1;
+    state.fresh = true;
     // SAFETY: as the driver's.
     done(unsafe { put(context, CONTEXT) }, format_args!("cuDevicePrimaryCtxRetain {device}"))
 }
@@ -188,7 +240,8 @@ extern "C" fn cuDevicePrimaryCtxRelease_v2(_device: c_int) -> Status {
     let mut state = state();
     let status = if state.retained > 0 { SUCCESS } else { INVALID_CONTEXT };
     state.retained = state.retained.saturating_sub(1);
-    let (left, streams) = (state.allocations.len(), state.streams);
+    let (left, streams) =
+        (state.allocations.len(), state.streams.iter().filter(|stream| **stream != Stream::Gone).count());
     done(status, format_args!("cuDevicePrimaryCtxRelease with {left} allocations and {streams} streams left"))
 }
 
@@ -219,24 +272,39 @@ unsafe extern "C" fn cuMemPoolSetAttribute(pool: usize, attribute: c_uint, value
 
 #[no_mangle]
 unsafe extern "C" fn cuStreamCreate(stream: *mut usize, _flags: c_uint) -> Status {
-    let status = on_card().map(|mut state| state.streams += 1).err().unwrap_or(SUCCESS);
-    // SAFETY: as the driver's.
-    done(if status == SUCCESS { unsafe { put(stream, STREAM) } } else { status }, "cuStreamCreate")
+    let create = |mut state: MutexGuard<State>| {
+        let kind = if std::mem::take(&mut state.fresh) { Stream::AtOnce } else { Stream::Late };
+        state.streams.push(kind);
+        // SAFETY: as the driver's.
+        unsafe { put(stream, STREAM + state.streams.len() - 1) }
+    };
+    done(on_card().map_or_else(|status| status, create), "cuStreamCreate")
 }
 
 #[no_mangle]
 extern "C" fn cuStreamSynchronize(stream: usize) -> Status {
-    let status = on_card().err().unwrap_or(if stream == STREAM { SUCCESS } else { INVALID_HANDLE });
-    done(status, "cuStreamSynchronize")
+    let which = state().which(stream);
+    let wait = |mut state: MutexGuard<State>| {
+        match state.stream(stream) {
+            Stream::Gone => return INVALID_HANDLE,
+            Stream::AtOnce => {}
+            Stream::Late => {
+                let all = state.copies;
+                state.arrive(all);
+            }
+        }
+        SUCCESS
+    };
+    done(on_card().map_or_else(|status| status, wait), format_args!("cuStreamSynchronize{which}"))
 }
 
 #[no_mangle]
 extern "C" fn cuStreamDestroy_v2(stream: usize) -> Status {
     let mut state = state();
-    if stream != STREAM || state.streams == 0 {
+    if state.stream(stream) == Stream::Gone {
         return done(INVALID_HANDLE, "cuStreamDestroy");
     }
-    state.streams -= 1;
+    state.streams[stream - STREAM] = Stream::Gone;
     done(SUCCESS, "cuStreamDestroy")
 }
 
@@ -246,7 +314,7 @@ unsafe extern "C" fn cuEventCreate(event: *mut usize, flags: c_uint) -> Status {
         Err(status) => done(status, "cuEventCreate"),
         Ok(_) if flags & 2 != 0 => done(INVALID_VALUE, "cuEventCreate: an event without time cannot be asked for it"),
         Ok(mut state) => {
-            state.events.push(None);
+            state.events.push(Event { alive: true, recorded: None });
             // SAFETY: as the driver's.
             done(unsafe { put(event, state.events.len()) }, "cuEventCreate")
         }
@@ -255,41 +323,63 @@ unsafe extern "C" fn cuEventCreate(event: *mut usize, flags: c_uint) -> Status {
 
 #[no_mangle]
 extern "C" fn cuEventRecord(event: usize, stream: usize) -> Status {
-    let record = |mut state: MutexGuard<State>| match state.events.get_mut(event.wrapping_sub(1)) {
-        Some(slot) if stream == STREAM => {
-            *slot = Some(Instant::now());
-            SUCCESS
+    let which = state().which(stream);
+    let record = |mut state: MutexGuard<State>| {
+        // What a first stream does is done; on another all its copies come before.
+        let after = if state.is_first(stream) { 0 } else { state.copies };
+        let known = state.stream(stream) != Stream::Gone;
+        match state.event(event).filter(|_| known) {
+            Some(event) => {
+                event.recorded = Some((Instant::now(), after));
+                SUCCESS
+            }
+            None => INVALID_HANDLE,
         }
-        _ => INVALID_HANDLE,
     };
-    done(on_card().map_or_else(|status| status, record), "cuEventRecord")
+    done(on_card().map_or_else(|status| status, record), format_args!("cuEventRecord{which}"))
+}
+
+/// Waits for an event; one never recorded is over.
+fn wait_for(state: &mut State, event: usize) -> Status {
+    let Some(event) = state.event(event).copied() else { return INVALID_HANDLE };
+    state.arrive(event.recorded.map_or(0, |(_, after)| after));
+    SUCCESS
 }
 
 #[no_mangle]
 extern "C" fn cuEventSynchronize(event: usize) -> Status {
-    let recorded = |state: MutexGuard<State>| match state.events.get(event.wrapping_sub(1)) {
-        Some(Some(_)) => SUCCESS,
-        _ => INVALID_HANDLE,
+    let wait = |mut state: MutexGuard<State>| wait_for(&mut state, event);
+    done(on_card().map_or_else(|status| status, wait), "cuEventSynchronize")
+}
+
+#[no_mangle]
+extern "C" fn cuStreamWaitEvent(stream: usize, event: usize, _flags: c_uint) -> Status {
+    let which = state().which(stream);
+    let wait = |mut state: MutexGuard<State>| match state.stream(stream) {
+        Stream::AtOnce => wait_for(&mut state, event),
+        // Whatever another stream may wait for here, a first one has done, or its own order brings.
+        Stream::Late => state.event(event).map_or(INVALID_HANDLE, |_| SUCCESS),
+        Stream::Gone => INVALID_HANDLE,
     };
-    done(on_card().map_or_else(|status| status, recorded), "cuEventSynchronize")
+    done(on_card().map_or_else(|status| status, wait), format_args!("cuStreamWaitEvent{which}"))
 }
 
 #[no_mangle]
 unsafe extern "C" fn cuEventElapsedTime(milliseconds: *mut f32, start: usize, end: usize) -> Status {
-    let state = state();
-    let at = |event: usize| state.events.get(event.wrapping_sub(1)).copied().flatten();
+    let mut state = state();
+    let mut at = |event: usize| state.event(event).and_then(|event| event.recorded);
     match (at(start), at(end)) {
         // SAFETY: as the driver's.
-        (Some(start), Some(end)) => unsafe { put(milliseconds, (end - start).as_secs_f32() * 1e3) },
+        (Some((start, _)), Some((end, _))) => unsafe { put(milliseconds, (end - start).as_secs_f32() * 1e3) },
         _ => done(INVALID_HANDLE, "cuEventElapsedTime"),
     }
 }
 
 #[no_mangle]
 extern "C" fn cuEventDestroy_v2(event: usize) -> Status {
-    match state().events.get_mut(event.wrapping_sub(1)) {
+    match state().event(event) {
         Some(slot) => {
-            *slot = None;
+            slot.alive = false;
             done(SUCCESS, "cuEventDestroy")
         }
         None => done(INVALID_HANDLE, "cuEventDestroy"),

@@ -122,7 +122,7 @@ unsafe extern "C" fn cuLaunchKernel(
         return done(OUT_OF_RESOURCES, call);
     }
     let plain = shared + function.entry.static_shared <= PLAIN_SHARED;
-    if stream != STREAM || params.is_null() || !extra.is_null() || !(plain || shared <= function.opted) {
+    if !state.is_first(stream) || params.is_null() || !extra.is_null() || !(plain || shared <= function.opted) {
         return done(INVALID_VALUE, call);
     }
     if pretends("idle").is_some() || pretends("only").is_some_and(|stem| stem != *name) {
