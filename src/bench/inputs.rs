@@ -7,7 +7,7 @@ use crate::tensor::{Dtype, HostTensor};
 use crate::verify;
 
 /// The oracle is asked for at most so many operations, some tenths of a second, and reads at most so many bytes.
-const ORACLE_FLOPS: u64 = 120_000_000;
+const ORACLE_FLOPS: u64 = 240_000_000;
 const ORACLE_BYTES: u64 = 160_000_000;
 /// Periods are odd, so that a kernel which takes one tile for another is seen.
 const PERIOD: usize = 7;

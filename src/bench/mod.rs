@@ -47,6 +47,8 @@ pub struct Options {
     pub seconds: f64,
     /// A launch that would take longer, in seconds, is not begun.
     pub longest: f64,
+    /// The device's limits are measured first; without them no row has a share of the roofline.
+    pub limits: bool,
     /// At most so many rows of kernels.
     pub most_rows: usize,
     /// Where each case's inputs are written for another program, if anywhere.
@@ -63,6 +65,7 @@ impl Default for Options {
             hot: false,
             seconds: 0.5,
             longest: 5.0,
+            limits: true,
             most_rows: usize::MAX,
             save_inputs: None,
         }
@@ -197,6 +200,9 @@ impl<'a> Bench<'a> {
     /// The device's limits, and what a launch costs. Software has none worth telling.
     fn limits(&mut self) -> Result<Vec<Row>> {
         let mut rows = Vec::new();
+        if !self.options.limits {
+            return Ok(rows);
+        }
         if !self.device.caps().software {
             let (timing, bytes) = roofline::copy(self.device)?;
             self.roof.bytes_per_s = Some(bytes / timing.median);

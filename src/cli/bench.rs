@@ -69,6 +69,9 @@ pub struct Bench {
     /// Write each case's inputs for another program: inputs.jsonl and files of bytes
     #[arg(long, value_name = "DIR")]
     save_inputs: Option<PathBuf>,
+    /// Do not measure the device's limits
+    #[arg(long, hide = true)]
+    no_limits: bool,
     /// Stop after so many rows
     #[arg(long, value_name = "N", hide = true)]
     rows: Option<usize>,
@@ -200,6 +203,7 @@ impl Bench {
             hot: self.hot,
             seconds,
             longest,
+            limits: !self.no_limits,
             most_rows: self.rows.unwrap_or(usize::MAX),
             save_inputs: self.save_inputs.clone(),
         })

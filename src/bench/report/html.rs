@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::super::row::Row;
+use super::super::row::{Kind, Row};
 use super::{charts, devices, groups, known, markdown, number, percent, remarks, share, spread, time};
 use super::{Contest, Group, OnDevice};
 
@@ -10,8 +10,7 @@ pub use crate::compare::report::escape;
 
 /// The family's plain style, then what is this page's own.
 const CSS: &str = concat!(include_str!("../../compare/report/page.css"), include_str!("bench.css"));
-/// Shapes of an op whose ladders are drawn; all stand in the tables.
-const LADDERS: usize = 2;
+/// Shapes whose ladders are drawn, at most two of an op; all stand in the tables.
 const LADDERS_IN_ALL: usize = 24;
 
 /// The page of some rows and of contests with other programs.
@@ -62,7 +61,7 @@ fn of_device(device: &OnDevice<'_>, named: bool) -> String {
             "<section><h2>Under the roof</h2><p class=\"note\">A dot is a kernel on a shape, by the least bytes and \
              operations of its contract. The line is what this device did in the same run: it copied along the slope, \
              and its fastest product is the level.</p><div class=\"scroll\">{svg}</div>{}</section>",
-            legend("measured limit")
+            legend(&device.rows, "measured limit")
         );
     }
     if let Some(svg) = charts::bandwidth(&device.rows) {
@@ -70,7 +69,7 @@ fn of_device(device: &OnDevice<'_>, named: bool) -> String {
             html,
             "<section><h2>Waiting for memory</h2><p class=\"note\">Least bytes over time of every launch that has more to \
              move than to compute.</p><div class=\"scroll\">{svg}</div>{}</section>",
-            legend("a copy")
+            legend(&device.rows, "a copy")
         );
     }
     let groups = groups(&device.rows);
@@ -82,9 +81,10 @@ fn is_wrong(row: &Row) -> bool {
     row.note.as_ref().is_some_and(|note| note.starts_with("WRONG"))
 }
 
-fn legend(line: &str) -> String {
+fn legend(rows: &[&Row], line: &str) -> String {
     let mut html = String::from("<p class=\"legend\">");
-    for (i, (name, _)) in charts::FAMILIES.iter().enumerate() {
+    let there = |i: usize| rows.iter().any(|row| row.kind == Kind::Kernel && charts::family(&row.op) == i);
+    for (i, (name, _)) in charts::FAMILIES.iter().enumerate().filter(|(i, _)| there(*i)) {
         let _ = write!(html, "<span style=\"--c:var(--f{i})\"><span class=\"dot\"></span>{name}</span>");
     }
     let _ = write!(html, "<span><span class=\"key\"></span>{line}</span></p>");
@@ -101,7 +101,11 @@ fn ladders(groups: &[Group<'_>]) -> String {
     for op in ops {
         let mut of_op: Vec<&Group<'_>> = groups.iter().filter(|g| g.op == op && timed(g) > 1).collect();
         of_op.sort_by_key(|group| std::cmp::Reverse((timed(group), work(group))));
-        chosen.extend(of_op.into_iter().take(LADDERS));
+        // One row and many want different kernels: the second has another number of rows.
+        let rows = |group: &&Group<'_>| group.rows.first().and_then(|row| row.m);
+        let first = of_op.first().copied();
+        let second = of_op.iter().find(|group| first.is_some_and(|first| rows(&first) != rows(group)));
+        chosen.extend(first.into_iter().chain(second.copied()));
     }
     chosen.truncate(LADDERS_IN_ALL);
     if chosen.is_empty() {
