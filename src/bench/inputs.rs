@@ -70,6 +70,11 @@ impl Inputs {
         (&self.small, &self.small_dims)
     }
 
+    /// What the outputs of one period must be, where the oracle could tell.
+    pub fn expected(&self) -> Option<&[Expected]> {
+        self.expected.as_deref()
+    }
+
     /// Holds the outputs in `buffers`, of one launch, against the oracle; a case too large for it is checked in a
     /// smaller one. None where the kernel does not run that.
     pub fn error(
