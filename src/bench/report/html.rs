@@ -153,6 +153,8 @@ fn tables(groups: &[Group<'_>]) -> String {
          above. Bytes and operations are the least that the contract asks for. The roofline is the one measured in the \
          same run; the error is the largest share of its derived bound.</p>",
     );
+    let known_card = groups.iter().flat_map(|group| &group.rows).any(|row| row.datasheet_fraction.is_some());
+    let datasheet = |cell: &str| if known_card { cell.to_string() } else { String::new() };
     let mut op = "";
     for group in groups {
         if group.op != op {
@@ -163,27 +165,32 @@ fn tables(groups: &[Group<'_>]) -> String {
             let _ = write!(
                 html,
                 "<details class=\"op\"><summary><code>{}</code></summary><div class=\"scroll\"><table><thead><tr>\
-                 <th scope=\"col\">case</th><th scope=\"col\">kernel</th><th scope=\"col\">median (p20 to p80)</th>\
-                 <th scope=\"col\">GB/s</th><th scope=\"col\">TFLOP/s</th><th scope=\"col\">of roofline</th>\
-                 <th scope=\"col\">of datasheet</th><th scope=\"col\">error / bound</th><th scope=\"col\"></th></tr>\
-                 </thead><tbody>",
-                escape(op)
+                 <th scope=\"col\">kernel</th><th scope=\"col\">median (p20 to p80)</th><th scope=\"col\">GB/s</th>\
+                 <th scope=\"col\">GFLOP/s</th><th scope=\"col\">of roofline</th>{}<th scope=\"col\">error / bound</th>\
+                 <th scope=\"col\"></th></tr></thead><tbody>",
+                escape(op),
+                datasheet("<th scope=\"col\">of datasheet</th>")
             );
         }
+        let columns = if known_card { 8 } else { 7 };
+        let _ = write!(
+            html,
+            "<tr class=\"case\"><th scope=\"rowgroup\" colspan=\"{columns}\"><b>{}</b> {}</th></tr>",
+            escape(group.case),
+            escape(group.shape)
+        );
         for row in &group.rows {
             let name = row.peer.as_deref().map_or(String::new(), |peer| format!("<small>{}</small>", escape(peer)));
             let _ = write!(
                 html,
-                "<tr><th scope=\"row\">{}<small>{}</small></th><td><code>{}</code>{name}</td><td>{}</td><td>{}</td>\
-                 <td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
-                escape(group.case),
-                escape(group.shape),
+                "<tr><th scope=\"row\"><code>{}</code>{name}</th><td>{}</td><td>{}</td><td>{}</td><td>{}</td>{}<td>{}\
+                 </td><td>{}</td></tr>",
                 escape(&row.kernel),
                 spread(row),
                 known(row.gb_per_s),
-                known(row.tflop_per_s),
+                known(row.tflop_per_s.map(|speed| 1e3 * speed)),
                 percent(row.roofline_fraction),
-                percent(row.datasheet_fraction),
+                datasheet(&format!("<td>{}</td>", percent(row.datasheet_fraction))),
                 share(row),
                 escape(&remarks(row))
             );
