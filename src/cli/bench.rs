@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
@@ -14,13 +15,14 @@ use handmill::op::DeviceKind;
 use handmill::ops::OPS;
 use serde_json::json;
 
-use super::{note, print_json, progress, ChecksFailed, Common, Usage};
+use super::{note, print_json, progress, stop_on_interrupt, ChecksFailed, Common, Interrupted, Usage};
 
 /// Time kernels on real models' shapes, beside the device's measured limits and their errors
 ///
 /// Operands lie in no cache: as many sets of buffers are taken in turn as outlast it (--hot: one set). Times are the
 /// device's own where it has a clock: the median, with what a fifth of the samples lies below and above. The roofline is
 /// measured in the same run. Every kernel's results are held against the f64 oracle. Exit code 1 when one is wrong.
+/// Ctrl-C ends with what was measured so far.
 ///
 /// With --json, one line a row: kind (kernel, roofline, launch), op, kernel, device, adapter, driver, case, shape, m,
 /// cold, median_us, p20_us, p80_us, n, launches, gb_per_s, tflop_per_s, roofline_fraction, bound, datasheet_fraction,
@@ -141,7 +143,8 @@ impl Bench {
         let bar = progress(bench.len(), "rows");
         let mut out = io::stdout();
         let mut rows: Vec<Row> = Vec::new();
-        bench.run(&mut |row: &Row| -> Result<()> {
+        let stop = stop_on_interrupt()?;
+        let done = bench.run(&mut |row: &Row| -> Result<()> {
             if let Some(log) = &mut log {
                 log.push(row)?;
             }
@@ -153,14 +156,19 @@ impl Bench {
                 false => bar.suspend(|| print(&mut out, row, rows.last()))?,
             }
             rows.push(row.clone());
-            Ok(())
-        })?;
+            match stop.load(Ordering::SeqCst) {
+                true => Err(Interrupted.into()),
+                false => Ok(()),
+            }
+        });
         bar.finish_and_clear();
+        // What was measured counts, however the run ended.
         if let Some(folder) = &self.out {
             let all = [rows.clone(), peers].concat();
             report::write(folder, &all, &contests)?;
             note(&format!("{}, bench.md and bench.html", folder.join(row::FILE).display()));
         }
+        done?;
         let is_wrong = |row: &&Row| row.note.as_ref().is_some_and(|said| said.starts_with("WRONG"));
         let wrong: Vec<&Row> = rows.iter().filter(is_wrong).collect();
         for row in &wrong {
