@@ -1,4 +1,4 @@
-"""Inputs that tools/gpu_check draws on the spot, with nothing but Python: a tiny model, rows to train it on, vectors."""
+"""Inputs that tools/gpu_check draws on the spot, with nothing but Python: a tiny model, rows for it, vectors."""
 
 import array
 import json
@@ -70,12 +70,11 @@ def model(folder, hidden, layers, seed=1):
         "eos_token_id": 0,
     }
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    special = [
-        {"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        for i, token in enumerate(["<|end|>", "<|start|>"])
-    ]
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    special = [{"id": i, "content": token, **plain} for i, token in enumerate(["<|end|>", "<|start|>"])]
     bytes_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    bpe = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
+    bpe = {"type": "BPE", "dropout": None, "unk_token": None}
+    bpe |= {"continuing_subword_prefix": None, "end_of_word_suffix": None}
     bpe |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "vocab": vocabulary, "merges": []}
     tokenizer = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None}
     tokenizer |= {"added_tokens": special, "pre_tokenizer": bytes_level, "decoder": bytes_level, "model": bpe}

@@ -1,5 +1,5 @@
-//! Inputs whose results are known for every element, however large the case: rows (and columns of weights) repeat with a
-//! period, so the oracle computes one period in f64 and each output is held against its place in it.
+//! Inputs whose results are known for every element, however large the case: rows, of activations and of weights, repeat
+//! with a period, so the oracle computes one period in f64 and each output is held against its place in it.
 
 use crate::device::{Buffer, Device, Result};
 use crate::op::{Arg, Dims, Expected, Kernel, OpSpec, Role};
@@ -128,8 +128,8 @@ impl Inputs {
         Ok(Some(worst))
     }
 
-    /// The least and the largest value that each element of a period has anywhere in an output: with both in bounds, all
-    /// are. A NaN is both.
+    /// The least and the largest value that each element of a period has anywhere in an output: with both in bounds,
+    /// all are. A NaN is both.
     fn extremes(&self, device: &dyn Device, arg: &Arg, buffer: &Buffer) -> Result<[Vec<f64>; 2]> {
         let (full, small) = (arg.shape(&self.dims), arg.shape(&self.small_dims));
         let (dtype, count) = (arg.dtype(&self.dims, self.act), small.iter().product());

@@ -1,5 +1,5 @@
-//! Speed that can be checked: every kernel of the table on real models' shapes, with the device's own limits measured in
-//! the same run and the error against the f64 oracle beside each time.
+//! Speed that can be checked: every kernel of the table on real models' shapes, with the device's own limits measured
+//! in the same run and the error against the f64 oracle beside each time.
 //!
 //! ```text
 //! for each shape, for each kernel that supports it here:
@@ -389,9 +389,9 @@ fn timed(row: Row, timing: &Timing) -> Row {
     }
 }
 
-/// Writes one period of a case's inputs, and what the oracle says of its outputs in f64: a file of bytes each, and a line
-/// in `inputs.jsonl` that names them. Other programs repeat them along every axis to the shape that is told. A case whose
-/// outputs are not known is left out.
+/// Writes one period of a case's inputs, and what the oracle says of its outputs in f64: a file of bytes each, and a
+/// line in `inputs.jsonl` that names them. Other programs repeat them along every axis to the shape that is told. A case
+/// whose outputs are not known is left out.
 fn save(folder: &std::path::Path, shape: &Shape, act: Dtype, inputs: &Inputs) -> std::io::Result<()> {
     use std::io::Write;
     let Some(expected) = inputs.expected() else { return Ok(()) };

@@ -24,8 +24,8 @@ const TOO_SHORT: f64 = 2e-3;
 /// Formats whose products are tried: the fastest counts.
 const FORMATS: [&str; 3] = ["f32", "bf16", "q4"];
 
-/// A card as its maker describes it: GB/s of memory, TFLOP/s of bf16 products with sums in f32, without sparsity, and of
-/// plain f32.
+/// A card as its maker describes it: GB/s of memory, TFLOP/s of bf16 products with sums in f32, without sparsity, and
+/// of plain f32.
 pub struct Card {
     /// Words that its name holds.
     words: &'static [&'static str],

@@ -20,14 +20,14 @@ use super::{note, print_json, progress, stop_on_interrupt, ChecksFailed, Common,
 /// Time kernels on real models' shapes, beside the device's measured limits and their errors
 ///
 /// Operands lie in no cache: as many sets of buffers are taken in turn as outlast it (--hot: one set). Times are the
-/// device's own where it has a clock: the median, with what a fifth of the samples lies below and above. The roofline is
-/// measured in the same run. Every kernel's results are held against the f64 oracle. Exit code 1 when one is wrong.
+/// device's own where it has a clock: the median, with what a fifth of the samples lies below and above. The roofline
+/// is measured in the same run. Every kernel's results are held against the f64 oracle. Exit code 1 when one is wrong.
 /// Ctrl-C ends with what was measured so far.
 ///
 /// With --json, one line a row: kind (kernel, roofline, launch), op, kernel, device, adapter, driver, case, shape, m,
 /// cold, median_us, p20_us, p80_us, n, launches, gb_per_s, tflop_per_s, roofline_fraction, bound, datasheet_fraction,
-/// error, tolerance, error_of, peer, noisy, note, software, act, bytes, flops, sets, cache_bytes, threads, load, version,
-/// commit, unix_time. What is not known is null.
+/// error, tolerance, error_of, peer, noisy, note, software, act, bytes, flops, sets, cache_bytes, threads, load,
+/// version, commit, unix_time. What is not known is null.
 #[derive(Args)]
 #[command(args_conflicts_with_subcommands = true)]
 pub struct Bench {
@@ -50,7 +50,8 @@ pub struct Bench {
     /// One set of buffers, which stays in the caches if it fits
     #[arg(long)]
     hot: bool,
-    /// Whose shapes, with commas: smollm2-135m, llama-3.2-1b, llama-3.2-3b, llama-3.1-8b (default: what suits the device)
+    /// Whose shapes, with commas: smollm2-135m, llama-3.2-1b, llama-3.2-3b, llama-3.1-8b (default: what suits the
+    /// device)
     #[arg(long, value_name = "MODELS", value_delimiter = ',')]
     shapes: Vec<String>,
     /// Rows of activations, with commas (default: 1 to 4096)
@@ -331,8 +332,8 @@ fn show(found: &Comparison) -> io::Result<()> {
     let count = |verdict: Verdict| found.pairs.iter().filter(|pair| pair.verdict == verdict).count();
     writeln!(
         out,
-        "{} rows: {} slower, {} faster, {} the same, {} without times; {} only in the first run, {} only in the second; \
-         the machine's copy changed by {:.1} %",
+        "{} rows: {} slower, {} faster, {} the same, {} without times; {} only in the first run, {} only in the \
+         second; the machine's copy changed by {:.1} %",
         found.pairs.len(),
         count(Verdict::Slower),
         count(Verdict::Faster),

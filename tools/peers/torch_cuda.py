@@ -209,7 +209,8 @@ def check_topk(inputs, result, name):
     # Where a floor cut the list the oracle has no more to say.
     best = np.where(np.isfinite(best), best, np.minimum(got, best))
     known = np.isfinite(best)
-    return worst(np.where(known, got, 0), np.where(known, best, 0), np.full(got.shape, 4 * unit * math.sqrt(inputs.q.shape[1])))
+    allowed = np.full(got.shape, 4 * unit * math.sqrt(inputs.q.shape[1]))
+    return worst(np.where(known, got, 0), np.where(known, best, 0), allowed)
 
 
 def worst(got, expected, allowed):

@@ -67,8 +67,8 @@ fn of_device(device: &OnDevice<'_>, named: bool) -> String {
     if let Some(svg) = charts::bandwidth(&device.rows) {
         let _ = write!(
             html,
-            "<section><h2>Waiting for memory</h2><p class=\"note\">Least bytes over time of every launch that has more to \
-             move than to compute.</p><div class=\"scroll\">{svg}</div>{}</section>",
+            "<section><h2>Waiting for memory</h2><p class=\"note\">Least bytes over time of every launch that has more \
+             to move than to compute.</p><div class=\"scroll\">{svg}</div>{}</section>",
             legend(&device.rows, "a copy")
         );
     }
@@ -112,8 +112,8 @@ fn ladders(groups: &[Group<'_>]) -> String {
         return String::new();
     }
     let mut html = String::from(
-        "<section><h2>Ladders</h2><p class=\"note\">Kernels of one shape, slowest rung first, by speed; longer is faster. \
-         Grey is another program.</p><div class=\"ladders\">",
+        "<section><h2>Ladders</h2><p class=\"note\">Kernels of one shape, slowest rung first, by speed; longer is \
+         faster. Grey is another program.</p><div class=\"ladders\">",
     );
     for group in chosen {
         let fastest = group.rows.iter().filter_map(|row| row.median_us).fold(f64::INFINITY, f64::min);
@@ -149,9 +149,9 @@ fn step(name: &str, class: &str, share: f64, said: &str) -> String {
 
 fn tables(groups: &[Group<'_>]) -> String {
     let mut html = String::from(
-        "<section><h2>Every figure</h2><p class=\"note\">Medians with the values that a fifth of the samples lie below and \
-         above. Bytes and operations are the least that the contract asks for. The roofline is the one measured in the \
-         same run; the error is the largest share of its derived bound.</p>",
+        "<section><h2>Every figure</h2><p class=\"note\">Medians with the values that a fifth of the samples lie below \
+         and above. Bytes and operations are the least that the contract asks for. The roofline is the one measured in \
+         the same run; the error is the largest share of its derived bound.</p>",
     );
     let known_card = groups.iter().flat_map(|group| &group.rows).any(|row| row.datasheet_fraction.is_some());
     let datasheet = |cell: &str| if known_card { cell.to_string() } else { String::new() };
@@ -204,8 +204,8 @@ fn tables(groups: &[Group<'_>]) -> String {
 
 fn beside(contests: &[Contest]) -> String {
     let mut html = String::from(
-        "<section><h2>Beside others</h2><p class=\"note\">Whole tasks, the same input in one run, results compared before \
-         times. Longer is faster.</p><div class=\"ladders\">",
+        "<section><h2>Beside others</h2><p class=\"note\">Whole tasks, the same input in one run, results compared \
+         before times. Longer is faster.</p><div class=\"ladders\">",
     );
     for contest in contests {
         let _ = write!(html, "<div><h3>{}</h3><p>{}</p>", escape(&contest.what), escape(&contest.machine));

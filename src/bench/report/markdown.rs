@@ -19,8 +19,8 @@ pub fn text(rows: &[Row], contests: &[Contest]) -> String {
                 op = group.op;
                 let _ = write!(
                     out,
-                    "\n### {}\n\n| case | kernel | median (p20 to p80) | GB/s | GFLOP/s | of roofline | error / bound | \
-                     |\n| --- | --- | --- | --- | --- | --- | --- | --- |\n",
+                    "\n### {}\n\n| case | kernel | median (p20 to p80) | GB/s | GFLOP/s | of roofline | error / bound \
+                     | |\n| --- | --- | --- | --- | --- | --- | --- | --- |\n",
                     line(op)
                 );
             }
