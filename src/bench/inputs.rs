@@ -1,5 +1,5 @@
-//! Inputs whose results are known for every element, however large the case: rows (and columns of weights) repeat with a
-//! period, so the oracle computes one period in f64 and each output is held against its place in it.
+//! Inputs whose results are known for every element, however large the case: rows, of activations and of weights, repeat
+//! with a period, so the oracle computes one period in f64 and each output is held against its place in it.
 
 use crate::device::{Buffer, Device, Result};
 use crate::op::{Arg, Dims, Expected, Kernel, OpSpec, Role};
@@ -7,7 +7,7 @@ use crate::tensor::{Dtype, HostTensor};
 use crate::verify;
 
 /// The oracle is asked for at most so many operations, some tenths of a second, and reads at most so many bytes.
-const ORACLE_FLOPS: u64 = 120_000_000;
+const ORACLE_FLOPS: u64 = 240_000_000;
 const ORACLE_BYTES: u64 = 160_000_000;
 /// Periods are odd, so that a kernel which takes one tile for another is seen.
 const PERIOD: usize = 7;
@@ -70,6 +70,11 @@ impl Inputs {
         (&self.small, &self.small_dims)
     }
 
+    /// What the outputs of one period must be, where the oracle could tell.
+    pub fn expected(&self) -> Option<&[Expected]> {
+        self.expected.as_deref()
+    }
+
     /// Holds the outputs in `buffers`, of one launch, against the oracle; a case too large for it is checked in a
     /// smaller one. None where the kernel does not run that.
     pub fn error(
@@ -123,8 +128,8 @@ impl Inputs {
         Ok(Some(worst))
     }
 
-    /// The least and the largest value that each element of a period has anywhere in an output: with both in bounds, all
-    /// are. A NaN is both.
+    /// The least and the largest value that each element of a period has anywhere in an output: with both in bounds,
+    /// all are. A NaN is both.
     fn extremes(&self, device: &dyn Device, arg: &Arg, buffer: &Buffer) -> Result<[Vec<f64>; 2]> {
         let (full, small) = (arg.shape(&self.dims), arg.shape(&self.small_dims));
         let (dtype, count) = (arg.dtype(&self.dims, self.act), small.iter().product());

@@ -1,5 +1,5 @@
-//! Speed that can be checked: every kernel of the table on real models' shapes, with the device's own limits measured in
-//! the same run and the error against the f64 oracle beside each time.
+//! Speed that can be checked: every kernel of the table on real models' shapes, with the device's own limits measured
+//! in the same run and the error against the f64 oracle beside each time.
 //!
 //! ```text
 //! for each shape, for each kernel that supports it here:
@@ -22,7 +22,7 @@ use std::path::PathBuf;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use crate::device::{Buffer, Device, Error, Result};
-use crate::op::{DeviceKind, Kernel};
+use crate::op::{Cost, DeviceKind, Kernel};
 use crate::tensor::Dtype;
 use inputs::Inputs;
 use measure::{Arena, Timing};
@@ -47,6 +47,8 @@ pub struct Options {
     pub seconds: f64,
     /// A launch that would take longer, in seconds, is not begun.
     pub longest: f64,
+    /// The device's limits are measured first; without them no row has a share of the roofline.
+    pub limits: bool,
     /// At most so many rows of kernels.
     pub most_rows: usize,
     /// Where each case's inputs are written for another program, if anywhere.
@@ -63,6 +65,7 @@ impl Default for Options {
             hot: false,
             seconds: 0.5,
             longest: 5.0,
+            limits: true,
             most_rows: usize::MAX,
             save_inputs: None,
         }
@@ -197,6 +200,9 @@ impl<'a> Bench<'a> {
     /// The device's limits, and what a launch costs. Software has none worth telling.
     fn limits(&mut self) -> Result<Vec<Row>> {
         let mut rows = Vec::new();
+        if !self.options.limits {
+            return Ok(rows);
+        }
         if !self.device.caps().software {
             let (timing, bytes) = roofline::copy(self.device)?;
             self.roof.bytes_per_s = Some(bytes / timing.median);
@@ -339,7 +345,9 @@ impl<'a> Bench<'a> {
         /// From so long on a launch keeps the device busy, and more rows take proportionally longer.
         const BUSY: f64 = 0.02;
         let by = match shape.spec.name {
-            "qmatmul" | "qmatmul_t" | "attention" | "lora_shrink" | "lora_backward" | "lora_backward_a" => "M",
+            "qmatmul" | "qmatmul_t" | "attention" | "lora_shrink" | "lora_backward" | "lora_backward_a" | "rmsnorm"
+            | "layernorm" | "swiglu" | "gelu" | "add" | "cast" | "rope" | "rmsnorm_backward" | "swiglu_backward"
+            | "rope_backward" | "cross_entropy" | "dropout" => "M",
             "cosine_topk" => "Q",
             _ => return Ok(None),
         };
@@ -356,7 +364,8 @@ impl<'a> Bench<'a> {
                     self.device.sync()?;
                     took = took.min(start.elapsed().as_secs_f64());
                 }
-                let whole = took * (shape.cost().flops as f64 / (shape.spec.cost)(&dims).flops.max(1) as f64);
+                let work = |cost: Cost| (cost.flops + cost.bytes).max(1) as f64;
+                let whole = took * work(shape.cost()) / work((shape.spec.cost)(&dims));
                 if took > BUSY && whole > self.options.longest {
                     return Ok(Some(whole));
                 }
@@ -380,24 +389,32 @@ fn timed(row: Row, timing: &Timing) -> Row {
     }
 }
 
-/// Writes one period of a case's inputs: a file of bytes each, and a line in `inputs.jsonl` that names them. Other
-/// programs repeat them along every axis to the shape that is told.
+/// Writes one period of a case's inputs, and what the oracle says of its outputs in f64: a file of bytes each, and a
+/// line in `inputs.jsonl` that names them. Other programs repeat them along every axis to the shape that is told. A case
+/// whose outputs are not known is left out.
 fn save(folder: &std::path::Path, shape: &Shape, act: Dtype, inputs: &Inputs) -> std::io::Result<()> {
     use std::io::Write;
+    let Some(expected) = inputs.expected() else { return Ok(()) };
     std::fs::create_dir_all(folder)?;
     let (tensors, _) = inputs.period();
+    let mut expected = expected.iter();
     let mut index = std::fs::OpenOptions::new().create(true).append(true).open(folder.join("inputs.jsonl"))?;
     let stem: String = format!("{}-{}-{}", shape.spec.id(), act.name(), shape.label().replace([' ', '='], "_"));
     let mut args = Vec::new();
     for (arg, tensor) in shape.spec.args.iter().zip(tensors) {
         let file = format!("{stem}-{}.bin", arg.name);
-        std::fs::write(folder.join(&file), tensor.bytes.as_slice())?;
+        let output = arg.role != crate::op::Role::In;
+        let known = if output { expected.next() } else { None };
+        match known {
+            Some(known) => std::fs::write(folder.join(&file), bytemuck::cast_slice(&known.value))?,
+            None => std::fs::write(folder.join(&file), tensor.bytes.as_slice())?,
+        }
         args.push(serde_json::json!({
             "name": arg.name,
-            "dtype": tensor.dtype.name(),
+            "dtype": if output { "f64" } else { tensor.dtype.name() },
             "period": tensor.shape,
             "shape": arg.shape(&shape.dims),
-            "output": arg.role != crate::op::Role::In,
+            "output": output,
             "file": file,
         }));
     }

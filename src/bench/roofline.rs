@@ -24,8 +24,8 @@ const TOO_SHORT: f64 = 2e-3;
 /// Formats whose products are tried: the fastest counts.
 const FORMATS: [&str; 3] = ["f32", "bf16", "q4"];
 
-/// A card as its maker describes it: GB/s of memory, TFLOP/s of bf16 products with sums in f32, without sparsity, and of
-/// plain f32.
+/// A card as its maker describes it: GB/s of memory, TFLOP/s of bf16 products with sums in f32, without sparsity, and
+/// of plain f32.
 pub struct Card {
     /// Words that its name holds.
     words: &'static [&'static str],
@@ -252,7 +252,8 @@ pub fn driver(device: &dyn Device) -> Option<String> {
             let text = std::fs::read_to_string("/proc/driver/nvidia/version").unwrap_or_default();
             let number = |word: &&str| word.contains('.') && word.chars().all(|c| c.is_ascii_digit() || c == '.');
             let found = text.lines().next().and_then(|line| line.split_whitespace().find(number));
-            found.map(str::to_string).or_else(|| Some(description.rsplit_once(", ")?.1.to_string()))
+            let said = || Some(description.rsplit_once(", driver for ")?.1.to_string());
+            found.map(str::to_string).or_else(said)
         }
         // name, interface, driver
         DeviceKind::Wgpu => description.splitn(3, ", ").nth(2).map(str::to_string),

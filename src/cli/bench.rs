@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
@@ -14,18 +15,19 @@ use handmill::op::DeviceKind;
 use handmill::ops::OPS;
 use serde_json::json;
 
-use super::{note, print_json, progress, ChecksFailed, Common, Usage};
+use super::{note, print_json, progress, stop_on_interrupt, ChecksFailed, Common, Interrupted, Usage};
 
 /// Time kernels on real models' shapes, beside the device's measured limits and their errors
 ///
 /// Operands lie in no cache: as many sets of buffers are taken in turn as outlast it (--hot: one set). Times are the
-/// device's own where it has a clock: the median, with what a fifth of the samples lies below and above. The roofline is
-/// measured in the same run. Every kernel's results are held against the f64 oracle. Exit code 1 when one is wrong.
+/// device's own where it has a clock: the median, with what a fifth of the samples lies below and above. The roofline
+/// is measured in the same run. Every kernel's results are held against the f64 oracle. Exit code 1 when one is wrong.
+/// Ctrl-C ends with what was measured so far.
 ///
 /// With --json, one line a row: kind (kernel, roofline, launch), op, kernel, device, adapter, driver, case, shape, m,
 /// cold, median_us, p20_us, p80_us, n, launches, gb_per_s, tflop_per_s, roofline_fraction, bound, datasheet_fraction,
-/// error, tolerance, error_of, peer, noisy, note, software, act, bytes, flops, sets, cache_bytes, threads, load, version,
-/// commit, unix_time. What is not known is null.
+/// error, tolerance, error_of, peer, noisy, note, software, act, bytes, flops, sets, cache_bytes, threads, load,
+/// version, commit, unix_time. What is not known is null.
 #[derive(Args)]
 #[command(args_conflicts_with_subcommands = true)]
 pub struct Bench {
@@ -48,7 +50,8 @@ pub struct Bench {
     /// One set of buffers, which stays in the caches if it fits
     #[arg(long)]
     hot: bool,
-    /// Whose shapes, with commas: smollm2-135m, llama-3.2-1b, llama-3.2-3b, llama-3.1-8b (default: what suits the device)
+    /// Whose shapes, with commas: smollm2-135m, llama-3.2-1b, llama-3.2-3b, llama-3.1-8b (default: what suits the
+    /// device)
     #[arg(long, value_name = "MODELS", value_delimiter = ',')]
     shapes: Vec<String>,
     /// Rows of activations, with commas (default: 1 to 4096)
@@ -69,6 +72,9 @@ pub struct Bench {
     /// Write each case's inputs for another program: inputs.jsonl and files of bytes
     #[arg(long, value_name = "DIR")]
     save_inputs: Option<PathBuf>,
+    /// Do not measure the device's limits
+    #[arg(long, hide = true)]
+    no_limits: bool,
     /// Stop after so many rows
     #[arg(long, value_name = "N", hide = true)]
     rows: Option<usize>,
@@ -138,7 +144,8 @@ impl Bench {
         let bar = progress(bench.len(), "rows");
         let mut out = io::stdout();
         let mut rows: Vec<Row> = Vec::new();
-        bench.run(&mut |row: &Row| -> Result<()> {
+        let stop = stop_on_interrupt()?;
+        let done = bench.run(&mut |row: &Row| -> Result<()> {
             if let Some(log) = &mut log {
                 log.push(row)?;
             }
@@ -150,14 +157,19 @@ impl Bench {
                 false => bar.suspend(|| print(&mut out, row, rows.last()))?,
             }
             rows.push(row.clone());
-            Ok(())
-        })?;
+            match stop.load(Ordering::SeqCst) {
+                true => Err(Interrupted.into()),
+                false => Ok(()),
+            }
+        });
         bar.finish_and_clear();
+        // What was measured counts, however the run ended.
         if let Some(folder) = &self.out {
             let all = [rows.clone(), peers].concat();
             report::write(folder, &all, &contests)?;
             note(&format!("{}, bench.md and bench.html", folder.join(row::FILE).display()));
         }
+        done?;
         let is_wrong = |row: &&Row| row.note.as_ref().is_some_and(|said| said.starts_with("WRONG"));
         let wrong: Vec<&Row> = rows.iter().filter(is_wrong).collect();
         for row in &wrong {
@@ -200,6 +212,7 @@ impl Bench {
             hot: self.hot,
             seconds,
             longest,
+            limits: !self.no_limits,
             most_rows: self.rows.unwrap_or(usize::MAX),
             save_inputs: self.save_inputs.clone(),
         })
@@ -319,8 +332,8 @@ fn show(found: &Comparison) -> io::Result<()> {
     let count = |verdict: Verdict| found.pairs.iter().filter(|pair| pair.verdict == verdict).count();
     writeln!(
         out,
-        "{} rows: {} slower, {} faster, {} the same, {} without times; {} only in the first run, {} only in the second; \
-         the machine's copy changed by {:.1} %",
+        "{} rows: {} slower, {} faster, {} the same, {} without times; {} only in the first run, {} only in the \
+         second; the machine's copy changed by {:.1} %",
         found.pairs.len(),
         count(Verdict::Slower),
         count(Verdict::Faster),

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::super::row::Row;
+use super::super::row::{Kind, Row};
 use super::{charts, devices, groups, known, markdown, number, percent, remarks, share, spread, time};
 use super::{Contest, Group, OnDevice};
 
@@ -10,8 +10,7 @@ pub use crate::compare::report::escape;
 
 /// The family's plain style, then what is this page's own.
 const CSS: &str = concat!(include_str!("../../compare/report/page.css"), include_str!("bench.css"));
-/// Shapes of an op whose ladders are drawn; all stand in the tables.
-const LADDERS: usize = 2;
+/// Shapes whose ladders are drawn, at most two of an op; all stand in the tables.
 const LADDERS_IN_ALL: usize = 24;
 
 /// The page of some rows and of contests with other programs.
@@ -62,15 +61,15 @@ fn of_device(device: &OnDevice<'_>, named: bool) -> String {
             "<section><h2>Under the roof</h2><p class=\"note\">A dot is a kernel on a shape, by the least bytes and \
              operations of its contract. The line is what this device did in the same run: it copied along the slope, \
              and its fastest product is the level.</p><div class=\"scroll\">{svg}</div>{}</section>",
-            legend("measured limit")
+            legend(&device.rows, "measured limit")
         );
     }
     if let Some(svg) = charts::bandwidth(&device.rows) {
         let _ = write!(
             html,
-            "<section><h2>Waiting for memory</h2><p class=\"note\">Least bytes over time of every launch that has more to \
-             move than to compute.</p><div class=\"scroll\">{svg}</div>{}</section>",
-            legend("a copy")
+            "<section><h2>Waiting for memory</h2><p class=\"note\">Least bytes over time of every launch that has more \
+             to move than to compute.</p><div class=\"scroll\">{svg}</div>{}</section>",
+            legend(&device.rows, "a copy")
         );
     }
     let groups = groups(&device.rows);
@@ -82,9 +81,10 @@ fn is_wrong(row: &Row) -> bool {
     row.note.as_ref().is_some_and(|note| note.starts_with("WRONG"))
 }
 
-fn legend(line: &str) -> String {
+fn legend(rows: &[&Row], line: &str) -> String {
     let mut html = String::from("<p class=\"legend\">");
-    for (i, (name, _)) in charts::FAMILIES.iter().enumerate() {
+    let there = |i: usize| rows.iter().any(|row| row.kind == Kind::Kernel && charts::family(&row.op) == i);
+    for (i, (name, _)) in charts::FAMILIES.iter().enumerate().filter(|(i, _)| there(*i)) {
         let _ = write!(html, "<span style=\"--c:var(--f{i})\"><span class=\"dot\"></span>{name}</span>");
     }
     let _ = write!(html, "<span><span class=\"key\"></span>{line}</span></p>");
@@ -101,15 +101,19 @@ fn ladders(groups: &[Group<'_>]) -> String {
     for op in ops {
         let mut of_op: Vec<&Group<'_>> = groups.iter().filter(|g| g.op == op && timed(g) > 1).collect();
         of_op.sort_by_key(|group| std::cmp::Reverse((timed(group), work(group))));
-        chosen.extend(of_op.into_iter().take(LADDERS));
+        // One row and many want different kernels: the second has another number of rows.
+        let rows = |group: &&Group<'_>| group.rows.first().and_then(|row| row.m);
+        let first = of_op.first().copied();
+        let second = of_op.iter().find(|group| first.is_some_and(|first| rows(&first) != rows(group)));
+        chosen.extend(first.into_iter().chain(second.copied()));
     }
     chosen.truncate(LADDERS_IN_ALL);
     if chosen.is_empty() {
         return String::new();
     }
     let mut html = String::from(
-        "<section><h2>Ladders</h2><p class=\"note\">Kernels of one shape, slowest rung first, by speed; longer is faster. \
-         Grey is another program.</p><div class=\"ladders\">",
+        "<section><h2>Ladders</h2><p class=\"note\">Kernels of one shape, slowest rung first, by speed; longer is \
+         faster. Grey is another program.</p><div class=\"ladders\">",
     );
     for group in chosen {
         let fastest = group.rows.iter().filter_map(|row| row.median_us).fold(f64::INFINITY, f64::min);
@@ -145,10 +149,12 @@ fn step(name: &str, class: &str, share: f64, said: &str) -> String {
 
 fn tables(groups: &[Group<'_>]) -> String {
     let mut html = String::from(
-        "<section><h2>Every figure</h2><p class=\"note\">Medians with the values that a fifth of the samples lie below and \
-         above. Bytes and operations are the least that the contract asks for. The roofline is the one measured in the \
-         same run; the error is the largest share of its derived bound.</p>",
+        "<section><h2>Every figure</h2><p class=\"note\">Medians with the values that a fifth of the samples lie below \
+         and above. Bytes and operations are the least that the contract asks for. The roofline is the one measured in \
+         the same run; the error is the largest share of its derived bound.</p>",
     );
+    let known_card = groups.iter().flat_map(|group| &group.rows).any(|row| row.datasheet_fraction.is_some());
+    let datasheet = |cell: &str| if known_card { cell.to_string() } else { String::new() };
     let mut op = "";
     for group in groups {
         if group.op != op {
@@ -159,27 +165,32 @@ fn tables(groups: &[Group<'_>]) -> String {
             let _ = write!(
                 html,
                 "<details class=\"op\"><summary><code>{}</code></summary><div class=\"scroll\"><table><thead><tr>\
-                 <th scope=\"col\">case</th><th scope=\"col\">kernel</th><th scope=\"col\">median (p20 to p80)</th>\
-                 <th scope=\"col\">GB/s</th><th scope=\"col\">TFLOP/s</th><th scope=\"col\">of roofline</th>\
-                 <th scope=\"col\">of datasheet</th><th scope=\"col\">error / bound</th><th scope=\"col\"></th></tr>\
-                 </thead><tbody>",
-                escape(op)
+                 <th scope=\"col\">kernel</th><th scope=\"col\">median (p20 to p80)</th><th scope=\"col\">GB/s</th>\
+                 <th scope=\"col\">GFLOP/s</th><th scope=\"col\">of roofline</th>{}<th scope=\"col\">error / bound</th>\
+                 <th scope=\"col\"></th></tr></thead><tbody>",
+                escape(op),
+                datasheet("<th scope=\"col\">of datasheet</th>")
             );
         }
+        let columns = if known_card { 8 } else { 7 };
+        let _ = write!(
+            html,
+            "<tr class=\"case\"><th scope=\"rowgroup\" colspan=\"{columns}\"><b>{}</b> {}</th></tr>",
+            escape(group.case),
+            escape(group.shape)
+        );
         for row in &group.rows {
             let name = row.peer.as_deref().map_or(String::new(), |peer| format!("<small>{}</small>", escape(peer)));
             let _ = write!(
                 html,
-                "<tr><th scope=\"row\">{}<small>{}</small></th><td><code>{}</code>{name}</td><td>{}</td><td>{}</td>\
-                 <td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
-                escape(group.case),
-                escape(group.shape),
+                "<tr><th scope=\"row\"><code>{}</code>{name}</th><td>{}</td><td>{}</td><td>{}</td><td>{}</td>{}<td>{}\
+                 </td><td>{}</td></tr>",
                 escape(&row.kernel),
                 spread(row),
                 known(row.gb_per_s),
-                known(row.tflop_per_s),
+                known(row.tflop_per_s.map(|speed| 1e3 * speed)),
                 percent(row.roofline_fraction),
-                percent(row.datasheet_fraction),
+                datasheet(&format!("<td>{}</td>", percent(row.datasheet_fraction))),
                 share(row),
                 escape(&remarks(row))
             );
@@ -193,8 +204,8 @@ fn tables(groups: &[Group<'_>]) -> String {
 
 fn beside(contests: &[Contest]) -> String {
     let mut html = String::from(
-        "<section><h2>Beside others</h2><p class=\"note\">Whole tasks, the same input in one run, results compared before \
-         times. Longer is faster.</p><div class=\"ladders\">",
+        "<section><h2>Beside others</h2><p class=\"note\">Whole tasks, the same input in one run, results compared \
+         before times. Longer is faster.</p><div class=\"ladders\">",
     );
     for contest in contests {
         let _ = write!(html, "<div><h3>{}</h3><p>{}</p>", escape(&contest.what), escape(&contest.machine));

@@ -19,8 +19,8 @@ pub fn text(rows: &[Row], contests: &[Contest]) -> String {
                 op = group.op;
                 let _ = write!(
                     out,
-                    "\n### {}\n\n| case | kernel | median (p20 to p80) | GB/s | TFLOP/s | of roofline | error / bound | \
-                     |\n| --- | --- | --- | --- | --- | --- | --- | --- |\n",
+                    "\n### {}\n\n| case | kernel | median (p20 to p80) | GB/s | GFLOP/s | of roofline | error / bound \
+                     | |\n| --- | --- | --- | --- | --- | --- | --- | --- |\n",
                     line(op)
                 );
             }
@@ -33,7 +33,7 @@ pub fn text(rows: &[Row], contests: &[Contest]) -> String {
                     line(&name),
                     spread(row),
                     known(row.gb_per_s),
-                    known(row.tflop_per_s),
+                    known(row.tflop_per_s.map(|speed| 1e3 * speed)),
                     percent(row.roofline_fraction),
                     share(row),
                     line(&remarks(row))
@@ -78,7 +78,11 @@ pub fn limits(rows: &[&Row]) -> Vec<String> {
         if let Some(speed) = row.tflop_per_s {
             let (case, kernel) = (line(&row.case), line(&row.kernel));
             let share = of(row.datasheet_fraction);
-            facts.push(format!("fastest product, {case}: {} TFLOP/s by {kernel}{share}", super::number(speed)));
+            let speed = match speed < 1.0 {
+                true => format!("{} GFLOP/s", super::number(1e3 * speed)),
+                false => format!("{} TFLOP/s", super::number(speed)),
+            };
+            facts.push(format!("fastest product, {case}: {speed} by {kernel}{share}"));
         }
     }
     for row in rows.iter().filter(|row| row.kind == Kind::Launch) {

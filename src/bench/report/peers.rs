@@ -132,8 +132,8 @@ mod tests {
 
     #[test]
     fn records_of_the_peers_become_contests() {
-        let line = r#"{"date":"2026-11-23T02:40:48+00:00","model":"m.gguf","variant":"as-is","processor":"P","threads":2,
-            "prefill":{"tokens":512,"handmill":{"median":900.0,"min":890.0,"max":910.0},"llama.cpp":{"median":300.0,
+        let line = r#"{"date":"2026-11-23T02:40:48+00:00","model":"m.gguf","variant":"as-is","processor":"P",
+            "threads":2,"prefill":{"tokens":512,"handmill":{"median":900.0,"min":890.0,"max":910.0},"llama.cpp":{"median":300.0,
             "min":290.0,"max":310.0},"ratio":3.0}}"#;
         let found = record(&serde_json::from_str(line).unwrap());
         assert_eq!(found.len(), 1);
