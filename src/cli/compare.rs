@@ -9,10 +9,13 @@ use anyhow::Result;
 use clap::{Args, ValueEnum};
 use handmill::compare::{self, report, Config, Halt, Recipe};
 use handmill::quant::Format;
+use handmill::registry::Kind;
 use handmill::train::optimizer::Schedule;
 
 use self::show::Display;
-use super::{note, print_json, stop_on_interrupt, ChecksFailed, Common, Interrupted, ModelFlag, Precision, Usage};
+use super::{
+    note, print_json, resolve, stop_on_interrupt, ChecksFailed, Common, Interrupted, ModelFlag, Precision, Usage,
+};
 
 /// Fine-tune, retrieve, or both? Measured on your model, data and questions
 ///
@@ -208,12 +211,12 @@ impl Compare {
         }
         let steps = self.steps as usize;
         Ok(Config {
-            model: self.model.model.clone(),
-            embed_model: self.embed_model.clone(),
-            train: self.train.clone(),
+            model: self.model.path()?,
+            embed_model: resolve(Kind::Model, &self.embed_model)?,
+            train: resolve(Kind::Dataset, &self.train)?,
             docs: self.docs.clone(),
-            questions: self.questions.clone(),
-            dev: self.dev.clone(),
+            questions: resolve(Kind::Dataset, &self.questions)?,
+            dev: self.dev.as_ref().map(|path| resolve(Kind::Dataset, path)).transpose()?,
             out: self.out.clone(),
             instruction: self.instruction.clone(),
             format: self.format.clone(),

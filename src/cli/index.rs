@@ -8,13 +8,16 @@ use std::time::Instant;
 use anyhow::Result;
 use clap::{Args, Subcommand};
 use handmill::error::quote;
+use handmill::registry::Kind;
 use handmill::retrieve::chunk::Chunking;
 use handmill::retrieve::files;
 use handmill::retrieve::index::{self, Index as Opened, Options, Progress, Report, SAVE_EVERY};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{json, Value};
 
-use super::{human_bytes, note, open_embedder, peak_bytes, print_json, stop_on_interrupt, Common, Interrupted, Usage};
+use super::{
+    human_bytes, note, open_embedder, peak_bytes, print_json, resolve, stop_on_interrupt, Common, Interrupted, Usage,
+};
 
 /// Files left out that are named one by one.
 const TOLD: usize = 20;
@@ -82,8 +85,8 @@ struct Which {
 }
 
 impl Which {
-    fn path(&self) -> &Path {
-        self.at.as_deref().or(self.index.as_deref()).expect("clap asks for one of them")
+    fn path(&self) -> Result<PathBuf> {
+        resolve(Kind::Index, self.at.as_deref().or(self.index.as_deref()).expect("clap asks for one of them"))
     }
 }
 
@@ -175,7 +178,7 @@ impl Index {
     pub fn run(&self) -> Result<()> {
         match &self.command {
             Command::Build(build) => bring(&build.out, &build.files, &build.common, true),
-            Command::Add(add) => bring(add.index.path(), &add.files, &add.common, false),
+            Command::Add(add) => bring(&add.index.path()?, &add.files, &add.common, false),
             Command::Remove(remove) => remove.run(),
             Command::Info(info) => info.run(),
             Command::Compact(compact) => compact.run(),
@@ -289,7 +292,7 @@ impl Remove {
             (None, Some((dir, paths))) if !paths.is_empty() => (PathBuf::from(dir), paths),
             _ => return Err(Usage("name the index, then what to remove: paths, folders or globs".into()).into()),
         };
-        let removed = index::remove(&dir, paths)?;
+        let removed = index::remove(&resolve(Kind::Index, &dir)?, paths)?;
         if self.json {
             return print_json(&json!({"documents": removed.documents, "chunks": removed.chunks}));
         }
@@ -300,7 +303,7 @@ impl Remove {
 
 impl Info {
     fn run(&self) -> Result<()> {
-        let index = Opened::open_any(self.index.path())?;
+        let index = Opened::open_any(&self.index.path()?)?;
         if self.verify {
             index.verify()?;
         }
@@ -347,7 +350,7 @@ impl Info {
 
 impl Compact {
     fn run(&self) -> Result<()> {
-        let done = index::compact(self.index.path())?;
+        let done = index::compact(&self.index.path()?)?;
         let (before, after) = (done.bytes_before, done.bytes_after);
         if self.json {
             return print_json(&json!({"bytes_before": before, "bytes_after": after, "dead_rows": done.dead_rows}));
@@ -360,7 +363,7 @@ impl Compact {
 
 impl Export {
     fn run(&self) -> Result<()> {
-        let index = Opened::open_any(self.index.path())?;
+        let index = Opened::open_any(&self.index.path()?)?;
         let chunks = index.export(&self.out)?;
         if self.json {
             let out = self.out.display().to_string();

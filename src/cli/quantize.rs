@@ -52,7 +52,7 @@ impl Quantize {
         };
         // Encoding runs on the host; a device that is not there is an error here as everywhere.
         self.common.open_device()?;
-        let checkpoint = Checkpoint::open(&self.model.model)?;
+        let checkpoint = Checkpoint::open(&self.model.path()?)?;
         let bar = progress(0, "values");
         let quantized = write::quantize(&checkpoint, target, &self.out, &mut |done, total| {
             bar.set_length(total as u64);
