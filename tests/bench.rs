@@ -307,6 +307,37 @@ fn wrong_use_is_told_in_a_sentence() {
     assert!(run.code == 1 && run.stderr.contains("runs on cpu"), "{}", run.stderr);
 }
 
+/// What another program is given to time itself on, and the script that does so where it finds torch and a card.
+#[test]
+fn inputs_are_written_for_torch() {
+    let folder = tempfile::tempdir().unwrap();
+    let (inputs, record) = (folder.path().join("inputs"), folder.path().join("peers.jsonl"));
+    let to = inputs.to_str().unwrap();
+    let of = ["--device", "cpu", "--op", "qmatmul_q4", "--kernel", "qmatmul_q4_naive", "--m", "1", "--shapes"];
+    let quick = ["smollm2-135m", "--seconds", "0.0001", "--no-limits", "--hot", "--rows", "1", "--save-inputs", to];
+    let made = bench(&[&of[..], &quick].concat());
+    assert_eq!(made.code, 0, "{}", made.stderr);
+    let text = std::fs::read_to_string(inputs.join("inputs.jsonl")).unwrap();
+    let case: Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
+    for arg in case["args"].as_array().unwrap() {
+        let bytes = std::fs::metadata(inputs.join(arg["file"].as_str().unwrap())).unwrap().len();
+        let count: u64 = arg["period"].as_array().unwrap().iter().map(|size| size.as_u64().unwrap()).product();
+        let size = [("f64", 8), ("f32", 4), ("f16", 2), ("u8", 1)].into_iter().find(|(name, _)| arg["dtype"] == *name);
+        assert_eq!(bytes, count * size.unwrap().1, "{arg}");
+    }
+    let script = |args: &[&str]| {
+        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tools/peers/torch_cuda.py");
+        run(Command::new("python3").arg(path).args(args))
+    };
+    let dry = script(&["--dry-run", "--inputs", to]);
+    assert!(dry.code == 0 && dry.stdout.contains("dequantize + torch.matmul bf16"), "{}{}", dry.stdout, dry.stderr);
+    let there = script(&["--inputs", to, "--record", record.to_str().unwrap()]);
+    assert_eq!(there.code, 0, "{}", there.stderr);
+    assert!(record.is_file() || there.stderr.contains("nothing is compared"), "{}", there.stderr);
+    let nothing = script(&["--inputs", folder.path().to_str().unwrap()]);
+    assert!(nothing.code == 1 && nothing.stderr.contains("inputs.jsonl"), "{}", nothing.stderr);
+}
+
 /// The script that checks a card, with the executor in its place and one kernel: every stage is told, none is lost.
 #[cfg(unix)]
 #[test]

@@ -12,6 +12,8 @@ const ORACLE_BYTES: u64 = 160_000_000;
 /// Periods are odd, so that a kernel which takes one tile for another is seen.
 const PERIOD: usize = 7;
 const LONG_PERIOD: usize = 251;
+/// Weight formats whose arguments are cut anywhere between two rows of W, or, nf4dq's, where a nested block ends.
+const FORMATS: [&str; 7] = ["f32", "f16", "bf16", "q4", "q8", "nf4", "nf4dq"];
 /// Sizes that a case too large for the oracle is made smaller to.
 const SMALLER: [(&str, usize); 6] = [("M", 65), ("Q", 3), ("C", 129), ("N", 515), ("K", 1536), ("V", 4099)];
 
@@ -45,7 +47,7 @@ impl Inputs {
         let mut small_dims = period(spec, dims);
         let cost = (spec.cost)(&small_dims);
         let affordable = cost.flops <= ORACLE_FLOPS && cost.bytes <= ORACLE_BYTES;
-        if !affordable && spec.name == "qmatmul_t" {
+        if !affordable && spec.name == "qmatmul_t" && FORMATS.contains(&spec.format) {
             // Its sums run over the rows of W, so these have no period to check by; to be drawn fast they repeat too.
             small_dims = repeated_rows(spec, small_dims);
         }
@@ -205,7 +207,9 @@ fn period(spec: &OpSpec, dims: &Dims) -> Dims {
         _ => dims,
     };
     match spec.name {
-        "qmatmul" => repeated_rows(spec, less(dims.clone(), "M", PERIOD)),
+        // Of a format that is not known here, rows may not be all that a period must end with.
+        "qmatmul" if FORMATS.contains(&spec.format) => repeated_rows(spec, less(dims.clone(), "M", PERIOD)),
+        "qmatmul" => less(dims.clone(), "M", PERIOD),
         "qmatmul_t" | "lora_shrink" | "rmsnorm" | "layernorm" | "swiglu" | "gelu" | "add" | "cast" | "rope"
         | "swiglu_backward" | "rope_backward" | "cross_entropy" => less(dims.clone(), "M", PERIOD),
         "cosine_topk" => less(dims.clone(), "Q", PERIOD / 2),

@@ -31,6 +31,30 @@ pub const MODELS: [Model; 4] = [
 
 /// Tokens at once: chats' next ones, chunks of a prompt, steps of training.
 pub const TOKENS: [usize; 10] = [1, 2, 4, 8, 16, 64, 256, 512, 2048, 4096];
+/// Ops that [`model_shapes`] knows; of any other its last case is taken.
+const OF_MODELS: [&str; 21] = [
+    "qmatmul",
+    "qmatmul_t",
+    "lora_shrink",
+    "lora_expand",
+    "lora_backward",
+    "lora_backward_a",
+    "attention",
+    "attention_stats",
+    "attention_backward",
+    "rmsnorm",
+    "rmsnorm_backward",
+    "add",
+    "swiglu",
+    "swiglu_backward",
+    "rope",
+    "rope_backward",
+    "embedding",
+    "cross_entropy",
+    "squared_norm",
+    "adamw",
+    "cosine_topk",
+];
 /// From so many tokens on a launch may be one of training.
 const TRAINED: usize = 64;
 /// The head is not asked for more rows than this: prompts need their last row, losses go chunk by chunk.
@@ -187,6 +211,15 @@ fn model_shapes(spec: &OpSpec, model: &Model, tokens: &[usize], quick: bool) -> 
                 }
             }
         }
+        "lora_expand" => {
+            // A batch of chats, each with one of eight adapters.
+            for m in all().filter(|&m| m <= TRAINED) {
+                for (name, n) in [("o, down", hidden), ("gate, up", feed_forward)] {
+                    let dims = [("N", n), ("LDY", n), ("R", RANK), ("T", 8 * RANK), ("L", 8)];
+                    found.push((of(m, &dims), format!("{name}, 8 adapters of rank {RANK}")));
+                }
+            }
+        }
         "attention" => {
             let sizes = [("H", heads), ("KV", kv_heads), ("D", head)];
             for c in if quick { vec![512] } else { vec![512, 4096] } {
@@ -242,11 +275,11 @@ fn other_shapes(spec: &OpSpec, quick: bool) -> Vec<(Dims, String)> {
             let corpus = |q: usize| [("Q", q), ("N", n), ("D", d), ("K", 10), ("S", 32), ("BASE", 0), ("FILTER", 0)];
             batches.into_iter().map(|q| (changed(spec, &corpus(q)), format!("{n} rows of {d}"))).collect()
         }
-        "cast" | "dropout" | "gather_rows" | "mean_pool" | "layernorm" | "gelu" | "topk_merge" => {
+        _ if OF_MODELS.contains(&spec.name) => Vec::new(),
+        _ => {
             let case = spec.cases.last().expect("an op has cases");
             vec![(spec.case_dims(case), case.why.to_string())]
         }
-        _ => Vec::new(),
     }
 }
 
