@@ -26,8 +26,16 @@ pub enum Kind {
     GlobalRace,
     /// A barrier or warp-wide instruction that not all of its threads reach together.
     Divergence,
-    /// `cp.async` data touched before the wait.
+    /// Data of a `cp.async` or a bulk copy touched before the wait.
     CopyInFlight,
+    /// An mbarrier that was not made, has too many arrivals or bytes, or is touched as data.
+    Mbarrier,
+    /// Shared memory that threads wrote and the tensor cores or a bulk copy touch, without `fence.proxy.async`.
+    Proxy,
+    /// A register of a `wgmma` under way touched before `wgmma.wait_group`, or no `wgmma.fence` after a write of it.
+    AsyncRegister,
+    /// A matrix descriptor that no operand can have.
+    Descriptor,
     /// Control runs past the kernel's last instruction.
     MissingReturn,
     /// More shared memory, registers or threads than the target has.
@@ -45,7 +53,11 @@ impl fmt::Display for Kind {
             Kind::SharedRace => "shared-memory race",
             Kind::GlobalRace => "global race between blocks",
             Kind::Divergence => "divergence",
-            Kind::CopyInFlight => "cp.async data before the wait",
+            Kind::CopyInFlight => "copied data before the wait",
+            Kind::Mbarrier => "mbarrier",
+            Kind::Proxy => "no proxy fence",
+            Kind::AsyncRegister => "wgmma register",
+            Kind::Descriptor => "matrix descriptor",
             Kind::MissingReturn => "missing ret",
             Kind::Resources => "resources",
         })
@@ -139,6 +151,9 @@ pub(crate) struct SharedShadow {
     /// Whether the last write was atomic.
     atomic: Vec<bool>,
     any_atomic: bool,
+    /// Whether the last write was a bulk copy's: no fence is needed before the tensor cores read it.
+    bulk: Vec<bool>,
+    any_bulk: bool,
     shift: u32,
     /// Stamps up to this clock belong to earlier blocks.
     base: u32,
@@ -147,6 +162,10 @@ pub(crate) struct SharedShadow {
     known: [[u32; 32]; 32],
     /// Least of `known[w]`: what is that old is ordered, whoever did it.
     floor: [u32; 32],
+    /// Each warp's writes up to this clock have a proxy fence behind them.
+    fenced: [u32; 32],
+    /// `known` at each warp's last proxy fence.
+    fence_known: [[u32; 32]; 32],
 }
 
 /// What a touch brought to light.
@@ -166,11 +185,15 @@ impl SharedShadow {
             read: [vec![0; n], vec![0; n]],
             atomic: vec![false; n],
             any_atomic: false,
+            bulk: vec![false; n],
+            any_bulk: false,
             shift: grain.trailing_zeros(),
             base: 0,
             clock: [1; 32],
             known: [[0; 32]; 32],
             floor: [0; 32],
+            fenced: [0; 32],
+            fence_known: [[0; 32]; 32],
         }
     }
 
@@ -188,6 +211,72 @@ impl SharedShadow {
         self.clock = [self.base + 1; 32];
         self.known = [[self.base; 32]; 32];
         self.floor = [self.base; 32];
+        self.fenced = [self.base; 32];
+        self.fence_known = [[self.base; 32]; 32];
+        if std::mem::take(&mut self.any_bulk) {
+            self.bulk.fill(false);
+        }
+    }
+
+    /// A new clock for what the warp does next; its lanes are not ordered by it. The old one.
+    fn next_clock(&mut self, warp: usize) -> u32 {
+        let was = self.clock[warp];
+        self.clock[warp] = (was + 1).min(LAST_CLOCK);
+        was
+    }
+
+    /// `fence.proxy.async` by all running lanes of a warp, or by some.
+    pub fn proxy_fence(&mut self, warp: usize, all: bool) {
+        let was = self.next_clock(warp);
+        if all {
+            self.fenced[warp] = was;
+        }
+        self.fence_known[warp] = self.known[warp];
+    }
+
+    /// Whether a thread wrote part of this and no proxy fence lies between that and an asynchronous access by `warp`.
+    pub fn unfenced(&self, offset: u32, bytes: u32, warp: usize) -> bool {
+        let first = (offset >> self.shift) as usize;
+        let last = ((offset + bytes - 1) >> self.shift) as usize;
+        (first..=last).any(|i| {
+            let (clock, writer) = (self.write[i] >> 10, (self.write[i] >> 5 & 31) as usize);
+            let written = self.write[i] != IN_FLIGHT && clock > self.base && !self.bulk[i];
+            written && clock > self.fenced[writer] && clock > self.fence_known[warp][writer]
+        })
+    }
+
+    /// What the warp does now happens at this clock.
+    pub fn clock_of(&self, warp: usize) -> u32 {
+        self.clock[warp]
+    }
+
+    /// Whether the warp comes after what another did at a clock.
+    pub fn knows(&self, warp: usize, other: usize, clock: u32) -> bool {
+        clock <= self.known[warp][other]
+    }
+
+    /// A bulk copy is asked for: the clock that its bytes will have, which `told` is to bring to whoever waits.
+    pub fn ask(&mut self, warp: usize, told: &mut [u32; 32]) -> u32 {
+        let clock = self.next_clock(warp);
+        told[warp] = told[warp].max(clock);
+        clock
+    }
+
+    /// A bulk copy has arrived.
+    pub fn land(&mut self, offset: u32, bytes: u32, by: (u32, u32, u32)) {
+        let (clock, warp, lane) = by;
+        self.deliver_as(offset, bytes, clock << 10 | warp << 5 | lane);
+        let first = (offset >> self.shift) as usize;
+        let last = ((offset + bytes - 1) >> self.shift) as usize;
+        self.bulk[first..=last].fill(true);
+        self.any_bulk = true;
+    }
+
+    /// What some lanes of a warp release: all that the warp's lanes know to be done.
+    pub fn release(&self, warp: usize, told: &mut [u32; 32]) {
+        for (t, k) in told.iter_mut().zip(&self.known[warp]) {
+            *t = (*t).max(*k);
+        }
     }
 
     fn tick(&mut self, warp: usize) {
@@ -254,7 +343,7 @@ impl SharedShadow {
         let floor = self.floor[warp as usize];
         let stamp = self.clock[warp as usize] << 10 | warp << 5;
         let row = first..first + 32;
-        if self.shift != 2 || self.any_atomic || row.end > self.write.len() {
+        if self.shift != 2 || self.any_atomic || self.any_bulk || row.end > self.write.len() {
             return false;
         }
         let [a, b] = &mut self.read;
@@ -319,6 +408,7 @@ impl SharedShadow {
                 }
             }
             *cell = how == Touch::Atomic;
+            self.bulk[first + i] = false;
             *write = if how == Touch::Issue { IN_FLIGHT } else { stamp };
             (*read0, *read1) = (0, 0);
         }
@@ -327,7 +417,10 @@ impl SharedShadow {
 
     /// A `cp.async` has arrived: from now on its bytes are this thread's writes.
     pub fn deliver(&mut self, offset: u32, bytes: u32, warp: u32, lane: u32) {
-        let stamp = self.clock[warp as usize] << 10 | warp << 5 | lane;
+        self.deliver_as(offset, bytes, self.clock[warp as usize] << 10 | warp << 5 | lane);
+    }
+
+    fn deliver_as(&mut self, offset: u32, bytes: u32, stamp: u32) {
         let first = (offset >> self.shift) as usize;
         let last = ((offset + bytes - 1) >> self.shift) as usize;
         for i in first..=last {

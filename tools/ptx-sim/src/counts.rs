@@ -13,7 +13,7 @@ pub struct Counts {
     pub global: Traffic,
     /// Shared loads, stores, `ldmatrix`, `stmatrix` and the shared side of `cp.async`.
     pub shared: SharedTraffic,
-    /// `mma` instructions, once for each warp.
+    /// `mma` and `wgmma` instructions, once for each warp.
     pub mma: u64,
     /// Multiply-adds in them.
     pub mma_macs: u64,
@@ -141,6 +141,17 @@ impl Counts {
             *total += asked;
             *by_sector += 32 * n;
         }
+    }
+
+    /// One thread's bulk copy out of a buffer; with those of the other lanes it is one request.
+    pub(crate) fn bulk_access(&mut self, pc: usize, buffer: usize, offset: u32, bytes: u32, first: bool) {
+        let sectors = u64::from((offset + bytes - 1) / 32 - offset / 32 + 1);
+        self.global.requests += u64::from(first);
+        self.global.sectors += sectors;
+        self.global.bytes += u64::from(bytes);
+        self.lines[pc].sectors += sectors;
+        self.buffers[buffer].read += u64::from(bytes);
+        self.buffers[buffer].sector_read += 32 * sectors;
     }
 
     /// A warp's access of shared memory, `bytes` at each lane's offset.

@@ -17,7 +17,7 @@ pub(crate) const SHARED_WINDOW: u64 = 0x7fff_fffe;
 pub(crate) const MODULE_WINDOW: u64 = 0x7fff_fffc;
 
 /// Instructions outside the table of forms.
-const OPCODES: [&str; 29] = [
+const OPCODES: [&str; 32] = [
     "bra",
     "ret",
     "exit",
@@ -47,6 +47,9 @@ const OPCODES: [&str; 29] = [
     "bar",
     "barrier",
     "cvta",
+    "mbarrier",
+    "wgmma",
+    "setmaxnreg",
 ];
 
 /// The modifiers of one instruction, taken one by one; what is left is unknown.
@@ -61,6 +64,10 @@ impl Mods {
             self.left.remove(i);
         }
         found.is_some()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.left.is_empty()
     }
 
     pub fn one_of(&mut self, names: &[&'static str]) -> Option<&'static str> {
@@ -91,6 +98,7 @@ pub(crate) struct Decoder<'a> {
     constants: HashMap<Constant, u16>,
     pub uses: Uses,
     pub inst: Inst,
+    pub lists: Vec<Vec<u16>>,
     pub line: u32,
     /// Mnemonic with modifiers, for messages.
     pub text: String,
@@ -123,6 +131,7 @@ pub(crate) fn decode(raw: &RawModule, entry: &RawEntry) -> Result<Program, At> {
         constants: HashMap::new(),
         uses: Uses::default(),
         inst: blank(0),
+        lists: Vec::new(),
         line: 0,
         text: String::new(),
         shared_grain: 16,
@@ -136,6 +145,7 @@ pub(crate) fn decode(raw: &RawModule, entry: &RawEntry) -> Result<Program, At> {
         preds,
         slots: units + preds,
         constants: Vec::new(),
+        lists: Vec::new(),
         registers: entry.regs.iter().zip(&d.place).map(|(r, p)| (*p, r.name.clone(), r.ty)).collect(),
         static_shared: entry.shared,
         shared_grain: 0,
@@ -151,6 +161,7 @@ pub(crate) fn decode(raw: &RawModule, entry: &RawEntry) -> Result<Program, At> {
         program.names.push(std::mem::take(&mut d.text));
     }
     program.units = d.units;
+    program.lists = std::mem::take(&mut d.lists);
     program.shared_grain = d.shared_grain;
     program.global_grain = d.global_grain;
     program.constants = d.constants.iter().map(|(c, u)| (*u, *c)).collect();
@@ -160,7 +171,7 @@ pub(crate) fn decode(raw: &RawModule, entry: &RawEntry) -> Result<Program, At> {
 }
 
 fn blank(line: u32) -> Inst {
-    Inst { op: Op::Nop, r: [NONE; 14], imm: 0, line, guard: NONE, negate: false }
+    Inst { op: Op::Nop, r: [NONE; 14], imm: 0, more: 0, line, guard: NONE, negate: false }
 }
 
 impl Decoder<'_> {
@@ -191,7 +202,8 @@ impl Decoder<'_> {
             || self.moves(raw, &mut mods)?
             || self.memory(raw, &mut mods)?
             || self.matrix(raw, &mut mods)?
-            || self.warp_wide(raw, &mut mods)?;
+            || self.warp_wide(raw, &mut mods)?
+            || self.hopper(raw, &mut mods)?;
         if !handled {
             return self.arithmetic(raw);
         }

@@ -23,6 +23,7 @@ impl Decoder<'_> {
                 self.count(raw, 0)?;
                 self.inst.op = Op::Fence { device: scope != "cta" };
             }
+            "fence" if self.proxy_fence(raw, mods)? => {}
             "fence" => {
                 if mods.one_of(&["acq_rel", "sc"]).is_none() {
                     return self.fail("`.acq_rel` or `.sc` is needed");
@@ -134,7 +135,7 @@ impl Decoder<'_> {
     }
 
     /// Race tracking needs cells no larger than the smallest access.
-    fn grain(&mut self, space: Space, bytes: u32) {
+    pub(crate) fn grain(&mut self, space: Space, bytes: u32) {
         if space != Space::Shared {
             self.global_grain = self.global_grain.min(bytes);
         }
@@ -207,7 +208,7 @@ impl Decoder<'_> {
     }
 
     /// An address that belongs to the space: symbols must be of it.
-    fn located(&mut self, arg: &Operand, space: Space) -> Result<(u16, bool, i64), At> {
+    pub(crate) fn located(&mut self, arg: &Operand, space: Space) -> Result<(u16, bool, i64), At> {
         if let Operand::Memory(Base::Symbol(s), _) = arg {
             let fits = match s {
                 Symbol::Shared(_) | Symbol::DynamicShared => space == Space::Shared,
@@ -288,7 +289,10 @@ impl Decoder<'_> {
 
     fn copy(&mut self, raw: &RawInst, mods: &mut Mods) -> Result<(), At> {
         if !mods.take("async") {
-            return self.fail("only `cp.async` in its non-bulk forms is supported");
+            return self.fail("only `cp.async` is supported");
+        }
+        if mods.take("bulk") {
+            return self.bulk_copy(raw, mods);
         }
         if mods.take("commit_group") {
             self.count(raw, 0)?;

@@ -55,7 +55,7 @@ impl Decoder<'_> {
         Ok(true)
     }
 
-    fn words(&self, mods: &mut Mods, names: &[&str]) -> Result<(), At> {
+    pub(crate) fn words(&self, mods: &mut Mods, names: &[&str]) -> Result<(), At> {
         match names.iter().find(|n| !mods.take(n)) {
             Some(n) => self.fail(format!("`.{n}` is missing")),
             None => Ok(()),
@@ -63,7 +63,7 @@ impl Decoder<'_> {
     }
 
     /// `{..}` of `n` registers into `r[first..]`.
-    fn registers(&mut self, arg: &Operand, first: usize, n: usize, ty: Type, read: bool) -> Result<(), At> {
+    pub(crate) fn registers(&mut self, arg: &Operand, first: usize, n: usize, ty: Type, read: bool) -> Result<(), At> {
         let single = [arg.clone()];
         let items: &[Operand] = match arg {
             Operand::Vector(v) => v,

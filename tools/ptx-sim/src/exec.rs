@@ -4,6 +4,8 @@
 //! text runs and the others wait to be met (min-pc); a group that needs absent lanes at a warp-wide instruction is
 //! parked until they come.
 
+use std::collections::BTreeMap;
+
 use crate::ast::Special;
 use crate::check::{Findings, GlobalShadow, Kind, SharedShadow};
 use crate::counts::{Counts, LineCount};
@@ -74,6 +76,8 @@ pub(crate) struct Machine<'a> {
     pub trace: Vec<TraceStep>,
     tracing: bool,
     pub barriers: Vec<crate::barrier::Barrier>,
+    /// By shared offset.
+    pub mbarriers: BTreeMap<u32, crate::exec_bulk::Mbar>,
     /// This block has ordered itself with others by a device-wide fence, and by an atomic.
     pub fenced: bool,
     pub atomic: bool,
@@ -99,6 +103,7 @@ impl<'a> Machine<'a> {
             trace: Vec::new(),
             tracing: false,
             barriers: Vec::new(),
+            mbarriers: BTreeMap::new(),
             fenced: false,
             atomic: false,
         }
@@ -155,6 +160,7 @@ impl<'a> Machine<'a> {
         self.id = index as u32 + 1;
         (self.fenced, self.atomic) = (false, false);
         self.barriers = (0..16).map(|_| Default::default()).collect();
+        self.mbarriers.clear();
         if let Some(shadow) = &mut self.shadow {
             shadow.begin_block();
         }
@@ -166,6 +172,7 @@ impl<'a> Machine<'a> {
             (w.active, w.pc, w.steps, w.state, w.awaited) = (w.live, 0, 0, State::Ready, 0);
             w.groups.clear();
             w.copies.clear();
+            w.matrices.clear();
             if CHECK {
                 w.init.fill(0);
             }
@@ -179,6 +186,11 @@ impl<'a> Machine<'a> {
         loop {
             let mut any = false;
             for i in 0..warps.len() {
+                if let State::Blocked(at, parity) = warps[i].state {
+                    if self.phase_is_over(at, parity) {
+                        warps[i].state = State::Ready;
+                    }
+                }
                 if warps[i].state != State::Ready {
                     continue;
                 }
@@ -218,10 +230,14 @@ impl<'a> Machine<'a> {
             .iter()
             .filter_map(|w| match w.state {
                 State::Waiting(b) => Some(format!("warp {} at barrier {b}, line {}", w.number, self.line(w.pc))),
+                State::Blocked(at, _) => {
+                    Some(format!("warp {}, line {}, {}", w.number, self.line(w.pc), self.describe_mbarrier(at)))
+                }
                 _ => None,
             })
             .collect();
-        let first = warps.iter().find(|w| matches!(w.state, State::Waiting(_))).unwrap_or(&warps[0]);
+        let first =
+            warps.iter().find(|w| matches!(w.state, State::Waiting(_) | State::Blocked(..))).unwrap_or(&warps[0]);
         let message = format!("no warp can go on: {}", waiting.join("; "));
         self.located(first, Fault { lane: first.active.trailing_zeros() % 32, message })
     }
@@ -250,7 +266,8 @@ impl<'a> Machine<'a> {
         let end = w.steps + TURN;
         let mut threads = 0u64;
         let start = w.steps;
-        while w.state == State::Ready && w.steps < end {
+        w.yielded = false;
+        while w.state == State::Ready && w.steps < end && !w.yielded {
             let Some(inst) = program.code.get(w.pc as usize) else {
                 let lane = w.active.trailing_zeros();
                 if !CHECK {
@@ -292,8 +309,8 @@ impl<'a> Machine<'a> {
                     _ => {
                         let pc = w.pc as usize;
                         if !self.step::<CHECK>(w, inst, exec)? {
-                            if w.state == State::Ready {
-                                // Parked: it will run when the others come.
+                            if !matches!(w.state, State::Waiting(_)) {
+                                // Parked: it will run when the others come, or when the phase is over.
                                 threads -= u64::from(exec.count_ones());
                                 self.unobserve(pc, exec);
                             }
@@ -385,6 +402,9 @@ impl<'a> Machine<'a> {
             Op::CpCommit => w.copies.commit(exec),
             Op::CpWait { groups, all } => self.copy_wait(w, exec, groups, all),
             Op::Fence { device } => self.fenced |= device,
+            Op::ProxyFence { shared } => self.proxy_fence(w, exec, shared),
+            Op::Mbarrier(m) => return self.mbarrier::<CHECK>(w, inst, m, exec),
+            Op::BulkCopy { .. } => self.bulk_copy::<CHECK>(w, inst, exec)?,
             Op::Nop => {}
             Op::ActiveMask => w.set(inst.r[0], exec, &[exec; 32]),
             Op::Trap => return fault(exec.trailing_zeros(), "`trap` was reached"),
@@ -463,6 +483,9 @@ impl<'a> Machine<'a> {
         }
         if missing != 0 {
             self.unwritten_registers(w, uses, exec);
+        }
+        if !self.ctx.program.lists.is_empty() {
+            self.check_matrix_registers(w, uses);
         }
         for &s in &uses.writes {
             w.init[s as usize] |= exec;

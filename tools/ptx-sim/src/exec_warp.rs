@@ -9,13 +9,18 @@ use crate::warp::Warp;
 impl Machine<'_> {
     /// Runs a warp-wide instruction. False: the warp waits at a barrier.
     pub(crate) fn warp_wide<const CHECK: bool>(&mut self, w: &mut Warp, inst: &Inst, exec: u32) -> Result<bool, Fault> {
-        let whole = matches!(inst.op, Op::LdMatrix { .. } | Op::StMatrix { .. } | Op::MovMatrix | Op::Mma(_));
+        let whole = matches!(inst.op, Op::LdMatrix { .. } | Op::StMatrix { .. } | Op::MovMatrix | Op::Mma(_))
+            || matches!(inst.op, Op::Wgmma(_) | Op::WgmmaFence | Op::WgmmaCommit | Op::WgmmaWait { .. });
         if CHECK && whole && exec != u32::MAX && exec == w.live {
             let message = || format!("needs all 32 lanes; {:#010x} have exited or do not exist", !exec);
             self.find(Kind::Divergence, w, exec.trailing_zeros(), message);
         }
         match inst.op {
             Op::Bar { .. } => return self.reach(w, inst, exec),
+            Op::Wgmma(wgmma) => self.wgmma::<CHECK>(w, inst, wgmma, exec)?,
+            Op::WgmmaFence => w.matrices.fence(w.steps),
+            Op::WgmmaCommit => w.matrices.commit(),
+            Op::WgmmaWait { groups } => self.wgmma_wait(w, groups),
             Op::BarWarp => {
                 if let Some(shadow) = &mut self.shadow {
                     shadow.warp_sync(w.number as usize);

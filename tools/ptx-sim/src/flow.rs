@@ -67,7 +67,7 @@ fn live_registers(program: &Program, width: &[u8]) -> u32 {
                     out[s as usize / 64] &= !(1 << (s % 64));
                 }
             }
-            for &s in uses.reads.iter().chain((uses.guard != NONE).then_some(&uses.guard)) {
+            for &s in uses.reads.iter().chain(&uses.updates).chain((uses.guard != NONE).then_some(&uses.guard)) {
                 out[s as usize / 64] |= 1 << (s % 64);
             }
             let before = &mut live_in[i * words..(i + 1) * words];

@@ -122,6 +122,35 @@ pub(crate) enum Factor {
     Int8(bool, bool),
 }
 
+/// What an `mbarrier` instruction does; `base64`: its address is 64-bit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Mbarrier {
+    pub verb: MbarrierVerb,
+    pub base64: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum MbarrierVerb {
+    Init,
+    Inval,
+    Arrive,
+    ExpectTx,
+    ArriveExpectTx,
+    TryWait,
+    TestWait,
+}
+
+/// `wgmma.mma_async m64n<n>k16` in bf16 or f16 with f32 sums.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Wgmma {
+    pub n: u16,
+    pub brain: bool,
+    /// A and B are taken times −1.
+    pub negate: [bool; 2],
+    /// `scale-d` is negated.
+    pub not: bool,
+}
+
 /// `mma.sync m16n8k..`: D in `r[0..]`, then A, B, C, counted by `registers`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Mma {
@@ -235,6 +264,27 @@ pub(crate) enum Op {
     Fence {
         device: bool,
     },
+    /// `fence.proxy.async` (with `shared` memory among what it orders) or `fence.mbarrier_init`.
+    ProxyFence {
+        shared: bool,
+    },
+    /// An operation on the object at `r[8]` + `imm`; operand in `r[1]`, predicate in `r[0]`.
+    Mbarrier(Mbarrier),
+    /// Bulk copy: destination `r[0]`, source `r[8]`, size `r[1]`, mbarrier `r[2]`; offsets in `imm` (high: destination)
+    /// and `more` (the mbarrier's).
+    BulkCopy {
+        base64: bool,
+        dst64: bool,
+        mbar64: bool,
+    },
+    /// Descriptors in `r[0]` (A, or NONE) and `r[1]` (B), `scale-d` in predicate `r[2]`, A's registers in `r[4..8]`; the
+    /// accumulators are the program's list `imm`.
+    Wgmma(Wgmma),
+    WgmmaFence,
+    WgmmaCommit,
+    WgmmaWait {
+        groups: u32,
+    },
     /// Done when decoded: hints.
     Nop,
     /// To instruction `imm`.
@@ -248,6 +298,7 @@ pub(crate) struct Inst {
     pub op: Op,
     pub r: [u16; 14],
     pub imm: i64,
+    pub more: i64,
     pub line: u32,
     /// Predicate, or NONE.
     pub guard: u16,
@@ -267,6 +318,8 @@ pub(crate) enum Constant {
 pub(crate) struct Uses {
     pub reads: Vec<u16>,
     pub writes: Vec<u16>,
+    /// Written, and perhaps read: whether they hold a value is the instruction's to check.
+    pub updates: Vec<u16>,
     /// The guard's slot, or NONE: read by all active lanes.
     pub guard: u16,
 }
@@ -283,6 +336,8 @@ pub(crate) struct Program {
     /// Tracked slots: units of declared registers plus predicates.
     pub slots: usize,
     pub constants: Vec<(u16, Constant)>,
+    /// Units of the accumulators of each `wgmma.mma_async`.
+    pub lists: Vec<Vec<u16>>,
     /// (unit or predicate, name, type) of each declared register.
     pub registers: Vec<(u16, String, Type)>,
     pub static_shared: u32,

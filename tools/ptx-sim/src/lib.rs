@@ -31,8 +31,14 @@
 //! refused store writes nothing. Races in shared memory are judged by vector clocks over barriers, exactly but for
 //! more than two unordered readers of one place; races between blocks by who touched each byte, where a block that
 //! has both used a device-wide fence and an atomic is taken to have ordered itself. Register pressure is an estimate:
-//! values live at once. What is not supported (calls, local memory, textures, `wgmma`, `mbarrier`, TMA, fp8) is
-//! refused by name and line.
+//! values live at once. What is not supported (calls, local memory, textures, tensor maps, clusters, fp8) is refused by
+//! name and line.
+//!
+//! Of sm_90a: `mbarrier`, bulk copies that complete on one, and `wgmma` in f16 and bf16 from K-major operands. A bulk
+//! copy's bytes are poison until a wait on its mbarrier has succeeded, accumulators belong to the tensor cores until
+//! `wgmma.wait_group`, and what threads write reaches them only over a `fence.proxy.async`. Knowledge is a warp's: a wait
+//! by some of its lanes counts for all, and what some of its lanes release by an `arrive` is what came before the last
+//! `bar.warp.sync` of the warp. A warp that waits is not run until its phase ends, so that waiting costs no steps.
 //!
 //! Integers, f32 and f64 arithmetic and 16-bit arithmetic round exactly as PTX says; approximate instructions and float
 //! `mma` lie within PTX's bounds but not on any card's bits.
@@ -47,14 +53,17 @@ mod compare;
 mod constexpr;
 mod counts;
 mod decode;
+mod decode_hopper;
 mod decode_memory;
 mod decode_predicates;
 mod decode_warp;
 mod error;
 mod exec;
+mod exec_bulk;
 mod exec_copy;
 mod exec_memory;
 mod exec_warp;
+mod exec_wgmma;
 mod float;
 mod flow;
 mod forms;

@@ -56,13 +56,21 @@ pub struct Mutant {
 }
 
 /// Statements that order others, by how their opcodes start.
-const ORDERING: [(&str, Class); 6] = [
+const ORDERING: [(&str, Class); 14] = [
     ("bar.sync", Class::Barrier),
     ("bar.warp.sync", Class::Barrier),
     ("barrier.", Class::Barrier),
     ("membar", Class::Barrier),
     ("cp.async.wait", Class::Wait),
     ("cp.async.commit", Class::Wait),
+    ("cp.async.bulk", Class::Wait),
+    ("fence.", Class::Barrier),
+    ("mbarrier.arrive", Class::Barrier),
+    ("mbarrier.expect_tx", Class::Wait),
+    ("mbarrier.try_wait", Class::Wait),
+    ("wgmma.fence", Class::Barrier),
+    ("wgmma.commit", Class::Wait),
+    ("wgmma.wait", Class::Wait),
 ];
 
 /// Comparisons off by one.

@@ -239,7 +239,7 @@ impl<'a> Parser<'a> {
             if let Some(t) = Type::parse(d) {
                 ty = Some(t);
             } else if d == "align" {
-                let n = self.constant("`.align`", 1, 128)?;
+                let n = self.constant("`.align`", 1, 1024)?;
                 if !(n as u32).is_power_of_two() {
                     return at(line, format!("`.align {n}` is not a power of two"));
                 }

@@ -1,6 +1,7 @@
 //! A warp: its registers, where its lanes stand, and how they part and meet.
 
 use crate::exec_copy::CopyQueue;
+use crate::exec_wgmma::MatrixQueue;
 use crate::inst::{Inst, Op, Program, NONE};
 use crate::lanes::Unit;
 use crate::memory::POISON;
@@ -20,6 +21,8 @@ pub(crate) enum State {
     Ready,
     /// At a barrier.
     Waiting(u32),
+    /// For the phase of this parity to end at the mbarrier at this shared offset.
+    Blocked(u32, u32),
     Done,
 }
 
@@ -39,6 +42,9 @@ pub(crate) struct Warp {
     pub state: State,
     pub steps: u64,
     pub copies: CopyQueue,
+    pub matrices: MatrixQueue,
+    /// Give the next warp its turn.
+    pub yielded: bool,
 }
 
 impl Warp {
@@ -57,6 +63,8 @@ impl Warp {
             state: State::Ready,
             steps: 0,
             copies: CopyQueue::default(),
+            matrices: MatrixQueue::default(),
+            yielded: false,
         }
     }
 
@@ -134,6 +142,14 @@ impl Warp {
             None if self.live == 0 => self.state = State::Done,
             None => {}
         }
+    }
+
+    /// Puts the running lanes aside until the others have exited or wait themselves.
+    pub fn put_behind(&mut self) {
+        let (pc, lanes) = (self.pc, self.active);
+        self.active = 0;
+        self.groups.push(Group { pc, lanes, parked: true, awaited: 0 });
+        self.switch();
     }
 
     pub fn may_run_others(&self) -> bool {
