@@ -140,6 +140,29 @@ fn hits_are_the_reference_s() {
 }
 
 #[test]
+fn the_same_bits_for_any_batch_on_every_device() {
+    let mut rng = ChaCha8Rng::seed_from_u64(31);
+    for (what, d, rows, few) in sets() {
+        let rows = &rows[..320 * d];
+        // The set's own queries are spread among others.
+        let mut queries = unit(&mut rng, 64, d);
+        few.chunks(d).enumerate().for_each(|(i, query)| queries[i * 9 * d..(i * 9 + 1) * d].copy_from_slice(query));
+        let expected: Vec<Vec<Hit>> = queries.chunks(d).map(|query| reference(rows, d, query, 10, |_| true)).collect();
+        let codes = Codes::quantize(d, Exact::F32(rows));
+        for stored in [Rows::F32(rows), Rows::I8 { codes: &codes, exact: Exact::F32(rows) }] {
+            for (name, device) in &devices() {
+                let searcher = Searcher::new(&**device, Corpus { d, rows: stored }).unwrap();
+                for batch in [1, 7, 64] {
+                    let search = |some: &[f32]| searcher.search(some, 10, None).unwrap().0;
+                    let found: Vec<Vec<Hit>> = queries.chunks(batch * d).flat_map(search).collect();
+                    assert_eq!(bits(&found), bits(&expected), "{what}, batches of {batch}, on {name}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn the_same_bits_for_any_batch_and_threads() {
     let mut rng = ChaCha8Rng::seed_from_u64(9);
     // Enough rows that the first ones are scanned on their own, to give a floor.
@@ -168,16 +191,17 @@ fn the_same_bits_for_any_batch_and_threads() {
 #[test]
 fn rows_that_pass_through_give_the_same_bits() {
     let mut rng = ChaCha8Rng::seed_from_u64(19);
-    let (d, n, k) = (24, 1000, 12);
+    // An odd width: devices see 36, 40 and 48 elements.
+    let (d, n, k) = (33, 1000, 12);
     let (mut rows, queries) = (unit(&mut rng, n, d), unit(&mut rng, 11, d));
     rows.copy_within(0..d * 40, d * 950);
     let halves: Vec<f16> = rows.iter().map(|v| f16::from_f32(*v)).collect();
     let widened: Vec<f32> = halves.iter().map(|v| v.to_f32()).collect();
     let codes = Codes::quantize(d, Exact::F32(&rows));
-    // Slabs of 64 to 192 rows; of the first all pass through, of the second half, of the last none.
+    // Limits that a few rows fit in, then about half of them, then all; codes that all stay, rows that pass.
     let formats = [
-        ("f32", Rows::F32(&rows), &rows, [15_000, 60_000, 100_000]),
-        ("f16", Rows::F16(&halves), &widened, [8_000, 30_000, 50_000]),
+        ("f32", Rows::F32(&rows), &rows, [15_000, 60_000, 150_000]),
+        ("f16", Rows::F16(&halves), &widened, [8_000, 30_000, 100_000]),
         ("i8", Rows::I8 { codes: &codes, exact: Exact::F32(&rows) }, &rows, [30_000, 60_000, 100_000]),
     ];
     for (name, device) in devices().into_iter().filter(|(name, _)| !name.starts_with("cpu")) {

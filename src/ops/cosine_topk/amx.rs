@@ -125,12 +125,8 @@ fn split(width: usize, rows: Range<usize>, corpus: Rows<'_>, queries: &Queries, 
             continue;
         }
         match corpus {
-            Rows::F32(all) => {
-                round_rows(some.clone(), width, &mut a, |row, i, count| load_f32(&all[row * width + i..][..count]))
-            }
-            Rows::F16(all) => {
-                round_rows(some.clone(), width, &mut a, |row, i, count| load_f16(&all[row * width + i..][..count]))
-            }
+            Rows::F32(all) => round_rows(some.clone(), width, all, &mut a, |all| whole_f32(all), |some| load_f32(some)),
+            Rows::F16(all) => round_rows(some.clone(), width, all, &mut a, |all| whole_f16(all), |some| load_f16(some)),
             Rows::I8 { codes, .. } => copy_codes(some.clone(), row_bytes, codes, &mut a),
         }
         let mut ahead = first_byte.wrapping_add((first + BLOCK) * row_bytes);
@@ -182,24 +178,57 @@ fn offer(block: &Block, rows: Range<usize>, query: usize, corpus: Rows<'_>, quer
     }
 }
 
-/// Up to 32 rows as tiles of A, rounded to the nearest bf16. `load` gives up to 16 numbers of a row, the rest zero. What is
-/// past the rows stays as it was: no one reads those scores.
+/// Up to 32 rows as tiles of A, rounded to the nearest bf16. `whole` gives 16 numbers, `part` fewer and zeros: masks are
+/// worked out for the end of a row alone. What is past the rows stays as it was: no one reads those scores.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 #[inline]
-fn round_rows(rows: Range<usize>, width: usize, a: &mut [Tile], load: impl Fn(usize, usize, usize) -> __m512) {
+fn round_rows<T>(
+    rows: Range<usize>,
+    width: usize,
+    all: &[T],
+    a: &mut [Tile],
+    whole: impl Fn(&[T; LANES]) -> __m512,
+    part: impl Fn(&[T]) -> __m512,
+) {
     for (r, row) in rows.enumerate() {
-        for (i, tiles) in (0..width).step_by(DEPTH).zip(a.chunks_exact_mut(HALVES)) {
-            let low = load(row, i, (width - i).min(16));
-            let rest = (width - i).saturating_sub(16).min(16);
-            let high = if rest > 0 { load(row, i + 16, rest) } else { _mm512_setzero_ps() };
-            let line = &mut tiles[r / 16].0[r % 16 * 64..][..64];
-            // SAFETY: 32 bf16 as their bits; a row of a tile is 64 bytes.
-            unsafe {
-                let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
-                _mm512_storeu_si512(line.as_mut_ptr().cast(), both);
-            }
+        let (steps, rest) = all[row * width..(row + 1) * width].as_chunks::<DEPTH>();
+        let mut tiles = a.chunks_exact_mut(HALVES).map(|tiles| &mut tiles[r / 16].0[r % 16 * 64..][..64]);
+        for (values, line) in steps.iter().zip(&mut tiles) {
+            let (low, high) = values.split_at(LANES);
+            let both = |some: &[T]| whole(some.first_chunk().expect("half of 32"));
+            store_bf16(line, both(low), both(high));
+        }
+        if let (false, Some(line)) = (rest.is_empty(), tiles.next()) {
+            let (low, high) = rest.split_at(rest.len().min(LANES));
+            store_bf16(line, part(low), part(high));
         }
     }
+}
+
+/// 32 numbers as a line of a tile.
+#[target_feature(enable = "avx512f,avx512bf16")]
+#[inline]
+fn store_bf16(line: &mut [u8], low: __m512, high: __m512) {
+    let line: &mut [u8; 64] = line.try_into().expect("a row of a tile");
+    // SAFETY: 32 bf16 as their bits, 64 bytes.
+    unsafe {
+        let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
+        _mm512_storeu_si512(line.as_mut_ptr().cast(), both);
+    }
+}
+
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn whole_f32(from: &[f32; LANES]) -> __m512 {
+    // SAFETY: sixteen numbers.
+    unsafe { _mm512_loadu_ps(from.as_ptr()) }
+}
+
+#[target_feature(enable = "avx512f,avx512vl")]
+#[inline]
+fn whole_f16(from: &[f16; LANES]) -> __m512 {
+    // SAFETY: sixteen numbers.
+    _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(from.as_ptr().cast()) })
 }
 
 #[target_feature(enable = "avx512f")]

@@ -1,6 +1,7 @@
 //! One scan of the rows by a kernel: launches over slabs of them, on the host where they lie or on a device they are
 //! copied to (`slabs`).
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -52,6 +53,8 @@ pub struct Pass {
     act: Dtype,
     /// Whether it scans codes.
     coded: bool,
+    /// Elements of a row as kernels see it: on a device maybe more than the corpus has, zeros.
+    width: usize,
     slabs: Slabs,
     /// For i8, the codes' largest residual.
     residual: f64,
@@ -68,7 +71,8 @@ struct Scan<'a> {
     pass: &'a Pass,
     device: &'a dyn Device,
     stored: Stored<'a>,
-    d: usize,
+    /// Elements of a row as kernels see it.
+    width: usize,
 }
 
 /// What a launch gave: lists that a host's kernel left, or where a device's will be, so many places.
@@ -97,28 +101,51 @@ impl<'a> Stored<'a> {
         }
     }
 
-    /// The arguments that hold these rows of `d` elements.
-    fn args(&self, d: usize, rows: &Range<usize>) -> Vec<&'a [u8]> {
+    /// Elements of a row on a device: zeros bring it to a multiple of 16 bytes, so that every kernel takes it.
+    fn padded(&self, d: usize) -> usize {
+        match self {
+            Stored::Exact(Exact::F32(_)) => d.next_multiple_of(4),
+            Stored::Exact(Exact::F16(_)) => d.next_multiple_of(8),
+            // Codes lie so already.
+            Stored::Codes(_) => d,
+        }
+    }
+
+    /// The arguments that hold these rows of `d` elements, brought to `width`.
+    fn args(&self, d: usize, width: usize, rows: &Range<usize>) -> Vec<Cow<'a, [u8]>> {
         let elements = rows.start * d..rows.end * d;
         match self {
-            Stored::Exact(Exact::F32(all)) => vec![bytemuck::cast_slice(&all[elements])],
-            Stored::Exact(Exact::F16(all)) => vec![bytemuck::cast_slice(&all[elements])],
+            Stored::Exact(Exact::F32(all)) => vec![widened(&all[elements], d, width)],
+            Stored::Exact(Exact::F16(all)) => vec![widened(&all[elements], d, width)],
             Stored::Codes(codes) => {
                 let pitch = d.next_multiple_of(CODE_PITCH);
                 let of_rows = &codes.codes[rows.start * pitch..rows.end * pitch];
-                vec![bytemuck::cast_slice(of_rows), bytemuck::cast_slice(&codes.scales[rows.clone()])]
+                let scales = &codes.scales[rows.clone()];
+                vec![Cow::Borrowed(bytemuck::cast_slice(of_rows)), Cow::Borrowed(bytemuck::cast_slice(scales))]
             }
         }
     }
 
-    /// Bytes of a row in all of them.
-    fn row_bytes(&self, d: usize) -> usize {
+    /// Bytes of a row of `width` elements in all of them.
+    fn row_bytes(&self, width: usize) -> usize {
         match self {
-            Stored::Exact(Exact::F32(_)) => 4 * d,
-            Stored::Exact(Exact::F16(_)) => 2 * d,
-            Stored::Codes(_) => d.next_multiple_of(CODE_PITCH) + 4,
+            Stored::Exact(Exact::F32(_)) => 4 * width,
+            Stored::Exact(Exact::F16(_)) => 2 * width,
+            Stored::Codes(_) => width.next_multiple_of(CODE_PITCH) + 4,
         }
     }
+}
+
+/// Rows of `d` elements with zeros after them, up to `width`; as they lie where that is as wide.
+fn widened<T: bytemuck::NoUninit + Send + Sync>(rows: &[T], d: usize, width: usize) -> Cow<'_, [u8]> {
+    let size = size_of::<T>();
+    if width == d {
+        return Cow::Borrowed(bytemuck::cast_slice(rows));
+    }
+    let mut wide = vec![0; rows.len() / d * width * size];
+    let pairs = wide.par_chunks_exact_mut(width * size).zip(rows.par_chunks_exact(d)).with_min_len(256);
+    pairs.for_each(|(wide, row)| wide[..d * size].copy_from_slice(bytemuck::cast_slice(row)));
+    Cow::Owned(wide)
 }
 
 /// Slabs of `n` rows for a host.
@@ -154,17 +181,18 @@ impl Pass {
             if kernels().next().is_none() {
                 continue;
             }
-            let relative = kernels().fold(0.0f64, |most, kernel| most.max(cosine_topk::score_error(kernel, d)));
             let stored = Stored::of(corpus, coded);
+            let width = if on_host { d } else { stored.padded(d) };
+            let relative = kernels().fold(0.0f64, |most, kernel| most.max(cosine_topk::score_error(kernel, width)));
             let mut slabs = match on_host {
                 true => for_host(n),
-                false => Slabs::cut(device, n, stored.row_bytes(d), limit, passing.clone())?,
+                false => Slabs::cut(device, n, stored.row_bytes(width), limit, passing.clone())?,
             };
             // What a later pass scans is scanned seldom: it passes through.
             if passes.is_empty() && !on_host {
-                slabs.settle(device, limit, &|rows| stored.args(d, rows))?;
+                slabs.settle(device, limit, &|rows| stored.args(d, width, rows))?;
             }
-            passes.push(Pass { spec, act, coded, slabs, residual, relative, finite: finite.clone() });
+            passes.push(Pass { spec, act, coded, width, slabs, residual, relative, finite: finite.clone() });
         }
         Ok(passes)
     }
@@ -191,7 +219,7 @@ impl Pass {
             (Some(finite), None) => Some(&finite[..]),
             (None, filter) => filter,
         };
-        let scan = Scan { pass: self, device, stored: Stored::of(corpus, self.coded), d: corpus.d };
+        let scan = Scan { pass: self, device, stored: Stored::of(corpus, self.coded), width: self.width };
         let (query_args, errors) = scan.prepare(queries);
         // With codes or few bits many rows lie near the k-th; else next to none.
         let margin = match self.coded {
@@ -212,7 +240,7 @@ impl Pass {
         let mut found: Vec<Candidates> = floors.iter().zip(&errors).map(start).collect();
         // Of what a launch binds beside rows, lists and queries may be large.
         let most = MAX_PLACES.min(device.caps().max_binding / 4);
-        let group = (most / (places * DEVICE_SPLITS).max(corpus.d)).clamp(1, queries.len());
+        let group = (most / (places * DEVICE_SPLITS).max(self.width)).clamp(1, queries.len());
         let groups: Vec<Range<usize>> =
             (0..queries.len()).step_by(group).map(|first| first..queries.len().min(first + group)).collect();
         let parts = |some: &Range<usize>| query_args.iter().map(|bytes| part(bytes, some, queries.len())).collect();
@@ -222,7 +250,7 @@ impl Pass {
             DeviceKind::Cpu => vec![Vec::new(); groups.len()],
             _ => parts.iter().map(uploads).collect::<device::Result<_>>()?,
         };
-        let args = |rows: &Range<usize>| scan.stored.args(scan.d, rows);
+        let args = |rows: &Range<usize>| scan.stored.args(corpus.d, self.width, rows);
         let mut stream = self.slabs.stream(device, &args)?;
         for (i, rows) in self.slabs.ranges().enumerate() {
             let words = filter.map_or(&[][..], |words| &words[rows.start / 32..rows.end.div_ceil(32)]);
@@ -246,7 +274,7 @@ impl Scan<'_> {
     /// another pass.
     fn places(&self, wanted: usize, queries: usize) -> Result<usize, Error> {
         let n = self.pass.slabs.ranges().map(Range::len).max().unwrap_or(1);
-        let dims = |places| self.pass.spec.dims(&[queries, n, self.d, places, 1, 0, 0], &[]);
+        let dims = |places| self.pass.spec.dims(&[queries, n, self.width, places, 1, 0, 0], &[]);
         let takes = |places: &usize| self.choose(&dims(*places)).is_some();
         let fewer = std::iter::successors(Some(wanted), |places| Some(places / 2).filter(|places| *places > 0));
         fewer.into_iter().find(takes).ok_or_else(|| self.unsupported(&dims(wanted)))
@@ -268,11 +296,12 @@ impl Scan<'_> {
     fn prepare(&self, queries: &[&[f32]]) -> (Vec<Vec<u8>>, Vec<f64>) {
         let Pass { relative, residual, .. } = *self.pass;
         // What may be lost where factors or products are below f32's normal range, and so may be taken for zero.
-        let tiny = |norm: f64| 8.0 * self.d as f64 * f32::MIN_POSITIVE as f64 * (1.0 + norm);
+        let tiny = |norm: f64| 8.0 * self.width as f64 * f32::MIN_POSITIVE as f64 * (1.0 + norm);
         let norm = |q: &[f32]| q.iter().map(|v| (*v as f64).powi(2)).sum::<f64>().sqrt();
         if let Stored::Exact(_) = self.stored {
             let errors = queries.iter().map(|q| relative * norm(q) * MAX_NORM + tiny(norm(q))).collect();
-            return (vec![bytemuck::cast_slice(&queries.concat()).to_vec()], errors);
+            let d = queries.first().map_or(1, |query| query.len());
+            return (vec![widened(&queries.concat(), d, self.width).into_owned()], errors);
         }
         let codes: Vec<QueryCodes> = queries.iter().map(|query| QueryCodes::of(query)).collect();
         // Decoded rows are a little longer than rows, by no more than what they leave out.
@@ -304,7 +333,8 @@ impl Scan<'_> {
             _ => DEVICE_SPLITS,
         };
         let splits = rows.len().div_ceil(SPLIT_ROWS.max(places)).clamp(1, most);
-        let values = [floors.len(), rows.len(), self.d, places, splits, rows.start, usize::from(!filter.is_empty())];
+        let values =
+            [floors.len(), rows.len(), self.width, places, splits, rows.start, usize::from(!filter.is_empty())];
         let dims = self.pass.spec.dims(&values, &[]);
         let Some(kernel) = self.choose(&dims) else {
             return Err(self.unsupported(&dims));
@@ -312,7 +342,9 @@ impl Scan<'_> {
         let inputs = [bytemuck::cast_slice::<u32, u8>(filter), bytemuck::cast_slice(floors)];
         match kernel.source {
             Source::Rust(body) => {
-                let args = [parts, &self.stored.args(self.d, rows), &inputs].concat();
+                let of_rows = self.stored.args(self.width, self.width, rows);
+                let of_rows: Vec<&[u8]> = of_rows.iter().map(|bytes| &**bytes).collect();
+                let args = [parts, &of_rows, &inputs].concat();
                 Ok(self.launch_on_host(kernel, body, &dims, &args))
             }
             _ => self.launch_on_device(&stream.buffers(i)?, kernel, &dims, on_device, &inputs),

@@ -7,6 +7,7 @@
 //!
 //! A buffer is written again two passing slabs later: the launch that used it has been read by then.
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -23,7 +24,7 @@ const ROOM: usize = 3;
 const WORD: usize = 32;
 
 /// Rows as a kernel takes them: the bytes of each of its arguments for some rows.
-pub type RowArgs<'a> = dyn Fn(&Range<usize>) -> Vec<&'a [u8]> + 'a;
+pub type RowArgs<'a> = dyn Fn(&Range<usize>) -> Vec<Cow<'a, [u8]>> + 'a;
 
 /// Two buffers that slabs pass through, shared by whatever scans one corpus: one at a time.
 #[derive(Clone, Default)]
@@ -32,7 +33,9 @@ pub struct Passing(Arc<Mutex<Option<[Buffer; 2]>>>);
 /// The slabs of a corpus, in order, all rows.
 pub struct Slabs {
     all: Vec<Slab>,
-    /// Bytes of the largest, its arguments each at an aligned place.
+    /// Bytes of a row in all arguments.
+    row_bytes: usize,
+    /// Bytes of the largest slab, its arguments each at an aligned place.
     bytes: usize,
     passing: Passing,
 }
@@ -47,7 +50,7 @@ impl Slabs {
     /// These ranges, for launches that read rows where they lie.
     pub fn on_host(ranges: impl Iterator<Item = Range<usize>>) -> Slabs {
         let all = ranges.map(|rows| Slab { rows, resident: None }).collect();
-        Slabs { all, bytes: 0, passing: Passing::default() }
+        Slabs { all, row_bytes: 0, bytes: 0, passing: Passing::default() }
     }
 
     /// `n` rows cut for a device, `row_bytes` bytes of each in all arguments, none brought yet. No more than `limit` bytes
@@ -68,12 +71,13 @@ impl Slabs {
             let what = format!("{limit} bytes of the device's memory are too few for rows: give {} or more", 2 * bytes);
             return Err(Error::Request(what));
         }
-        Ok(Slabs { all, bytes, passing })
+        Ok(Slabs { all, row_bytes, bytes, passing })
     }
 
     /// Brings as many as fit in `limit` bytes and in the device's memory; leaves room for what passes through.
     pub fn settle(&mut self, device: &dyn Device, limit: usize, args: &RowArgs<'_>) -> Result<(), Error> {
-        let bytes = |slab: &Slab| args(&slab.rows).iter().map(|bytes| bytes.len()).sum::<usize>();
+        let row_bytes = self.row_bytes;
+        let bytes = |slab: &Slab| slab.rows.len() * row_bytes;
         let all: usize = self.all.iter().map(bytes).sum();
         let mut left = if all <= limit { limit } else { limit.saturating_sub(2 * self.bytes) };
         for i in 0..self.all.len() {
@@ -81,7 +85,7 @@ impl Slabs {
             if needed > left {
                 break;
             }
-            let upload = |bytes: &[u8]| upload(device, bytes);
+            let upload = |bytes: Cow<'_, [u8]>| upload(device, &bytes);
             match args(&self.all[i].rows).into_iter().map(upload).collect() {
                 Ok(buffers) => self.all[i].resident = Some(buffers),
                 Err(device::Error::OutOfMemory { .. }) if i > 0 => {
@@ -162,7 +166,7 @@ impl Stream<'_> {
         let mut views = Vec::new();
         for bytes in (self.args)(&self.slabs[slab].rows) {
             let view = buffers[self.turn].view(start, bytes.len());
-            self.device.write_ahead(&view, 0, bytes)?;
+            self.device.write_ahead(&view, 0, &bytes)?;
             start = (start + bytes.len()).next_multiple_of(unit);
             views.push(view);
         }
