@@ -15,7 +15,10 @@ pub mod aliases;
 pub mod database;
 pub mod entries;
 pub mod files;
+pub mod gate;
+pub mod log;
 pub mod names;
+pub mod near;
 pub mod upkeep;
 
 use std::fs::File;

@@ -1,3 +1,5 @@
 //! Many clients, many adapters, one model in memory.
 
+pub mod drift;
+pub mod intervals;
 pub mod job;
