@@ -31,6 +31,7 @@ use crate::model::adapter::{hex, model_sha256, sha256, Adapter};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::generate::LanguageModel;
 use crate::model::weights::LoadOptions;
+use crate::quant::Format;
 use crate::retrieve::prompt::special_tokens;
 use crate::train::data::{self, DataOptions, Encoder, OverLong, MASKED};
 use crate::train::run;
@@ -93,6 +94,8 @@ pub struct Terms {
     pub instruction: Option<String>,
     /// Tokens of a reply at most.
     pub max_tokens: usize,
+    /// Quantize the layers' weights first, as the adapter was trained over them.
+    pub quant: Option<Format>,
     /// Round what meets the weights to bf16 where that is faster.
     pub bf16: bool,
     /// Seeds the draws of the intervals.
@@ -174,7 +177,8 @@ pub fn promote(
     let base_sha256 = model_sha256(&Checkpoint::open(&terms.model)?)?;
     let texts = texts(&terms.retention)?;
     let basis = json!({ "model": base_sha256, "task": task_sha256, "metric": terms.metric.name(),
-        "instruction": terms.instruction, "max_tokens": terms.max_tokens, "bf16": terms.bf16, "device": device.id(),
+        "instruction": terms.instruction, "max_tokens": terms.max_tokens, "bf16": terms.bf16,
+        "quant": terms.quant.map(|format| format.name()), "device": device.id(),
         "version": env!("CARGO_PKG_VERSION") });
     let pair = json!({ "basis": basis, "candidate": candidate.identity,
         "champion": champion.as_ref().map(|champion| &champion.identity) });
@@ -251,7 +255,7 @@ fn judge(
     for adapter in [&candidate, &champion].into_iter().filter_map(|side| side.adapter.as_ref()) {
         adapter.check_base(&checkpoint)?;
     }
-    let options = LoadOptions { bf16: terms.bf16, ..LoadOptions::default() };
+    let options = LoadOptions { quant: terms.quant, bf16: terms.bf16, ..LoadOptions::default() };
     let model = LanguageModel::open(&terms.model, device, &options)?;
     let mut judge = Judge { terms, work, watch, model, basis };
     let (scores, groups) = judge.task(&candidate, &champion)?;
