@@ -1,6 +1,10 @@
 //! The registry and what leans on it, through the library and the tool, on tiny models made here: what is kept and
 //! found again, many processes at once, what a process that was killed leaves, and a candidate's way to champion.
 
+#[path = "registry/cycle.rs"]
+mod cycle;
+#[path = "registry/gate.rs"]
+mod gate;
 #[path = "registry/keep.rs"]
 mod keep;
 #[path = "registry/killed.rs"]

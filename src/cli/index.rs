@@ -8,6 +8,8 @@ use std::time::Instant;
 use anyhow::Result;
 use clap::{Args, Subcommand};
 use handmill::error::quote;
+use handmill::registry::entries::Source;
+use handmill::registry::record::Product;
 use handmill::registry::Kind;
 use handmill::retrieve::chunk::Chunking;
 use handmill::retrieve::files;
@@ -15,8 +17,10 @@ use handmill::retrieve::index::{self, Index as Opened, Options, Progress, Report
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{json, Value};
 
+use super::registry::model_hash;
 use super::{
-    human_bytes, note, open_embedder, peak_bytes, print_json, resolve, stop_on_interrupt, Common, Interrupted, Usage,
+    human_bytes, note, open_embedder, peak_bytes, print_json, resolve, stop_on_interrupt, Common, Interrupted,
+    RegisterFlag, Usage,
 };
 
 /// Files left out that are named one by one.
@@ -56,6 +60,8 @@ struct Build {
     /// The index, a directory
     #[arg(long, value_name = "IDX")]
     out: PathBuf,
+    #[command(flatten)]
+    register: RegisterFlag,
     #[command(flatten)]
     common: Common,
 }
@@ -177,8 +183,16 @@ struct Export {
 impl Index {
     pub fn run(&self) -> Result<()> {
         match &self.command {
-            Command::Build(build) => bring(&build.out, &build.files, &build.common, true),
-            Command::Add(add) => bring(&add.index.path()?, &add.files, &add.common, false),
+            Command::Build(build) => {
+                build.register.check(&[("", Kind::Index)])?;
+                let report = bring(&build.out, &build.files, &build.common, true)?;
+                let model = model_hash(&resolve(Kind::Model, &build.files.model)?)?;
+                let parents: Vec<_> = model.into_iter().map(|(_, hash)| ("embedder".to_string(), hash)).collect();
+                let (kind, source) = (Kind::Index, Source::InPlace(&build.out));
+                let product = |name| Product { name, kind, source, parents: Vec::new() };
+                build.register.leave("index-build", &report, &parents, vec![build.register.name("").map(product)])
+            }
+            Command::Add(add) => bring(&add.index.path()?, &add.files, &add.common, false).map(|_| ()),
             Command::Remove(remove) => remove.run(),
             Command::Info(info) => info.run(),
             Command::Compact(compact) => compact.run(),
@@ -209,7 +223,7 @@ impl Files {
     }
 }
 
-fn bring(dir: &Path, files: &Files, common: &Common, all: bool) -> Result<()> {
+fn bring(dir: &Path, files: &Files, common: &Common, all: bool) -> Result<Value> {
     let device = common.open_device()?;
     let embedder = open_embedder(&files.model, &device)?;
     let chunking = files.chunking(dir, embedder.max_tokens)?;
@@ -230,14 +244,14 @@ fn bring(dir: &Path, files: &Files, common: &Common, all: bool) -> Result<()> {
     bar.finish_and_clear();
     let report = report?;
     let seconds = start.elapsed().as_secs_f64();
-    if common.json {
-        print_json(&report_json(dir, &report, seconds, device.id()))?;
-    } else {
-        tell(dir, &report, seconds)?;
+    let object = report_json(dir, &report, seconds, device.id());
+    match common.json {
+        true => print_json(&object)?,
+        false => tell(dir, &report, seconds)?,
     }
     match report.interrupted {
         true => Err(Interrupted.into()),
-        false => Ok(()),
+        false => Ok(object),
     }
 }
 

@@ -4,12 +4,15 @@ mod adapter;
 mod ask;
 mod bench;
 mod compare;
+mod cycle;
+mod data;
 mod doctor;
 mod embed;
 mod eval;
 mod finetune;
 mod generate;
 mod index;
+mod promote;
 mod quantize;
 mod registry;
 mod search;
@@ -36,7 +39,7 @@ use handmill::train::metrics::peak_bytes;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 
-use self::registry::resolve;
+use self::registry::{resolve, RegisterFlag};
 
 /// Quantized language models on hand-written kernels, with the measurements beside them.
 ///
@@ -70,6 +73,10 @@ enum Command {
     Search(Box<search::Search>),
     Ask(Box<ask::Ask>),
     Registry(registry::Registry),
+    Promote(Box<promote::Promote>),
+    Rollback(promote::Rollback),
+    Data(data::Data),
+    Cycle(Box<cycle::Cycle>),
 }
 
 /// Flags of every command.
@@ -129,6 +136,10 @@ pub fn main() -> ExitCode {
         Command::Search(command) => command.run(),
         Command::Ask(command) => command.run(),
         Command::Registry(command) => command.run(),
+        Command::Promote(command) => command.run(),
+        Command::Rollback(command) => command.run(),
+        Command::Data(command) => command.run(),
+        Command::Cycle(command) => command.run(),
     };
     let Err(error) = result.and_then(|()| Ok(io::stdout().flush()?)) else {
         return ExitCode::SUCCESS;

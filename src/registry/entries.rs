@@ -182,8 +182,8 @@ impl Registry {
                 (vec![Stored { path: name.into(), sha256, bytes: bytes.len() as u64 }], None, false)
             }
             Source::Path(path) | Source::InPlace(path) => {
-                let place = path.canonicalize().map_err(|cause| Error::io(path, cause))?;
-                // What is linked to, such as a downloaded model, may have another name than the link.
+                // Links stay: what a downloaded model's point at has no name that says what it is.
+                let place = std::path::absolute(path).map_err(|cause| Error::io(path, cause))?;
                 let listed = if new.kind == Kind::Index { Vec::new() } else { files::list(path, new.kind)? };
                 let mut found = Vec::with_capacity(listed.len());
                 for (name, at) in listed {

@@ -220,8 +220,11 @@ impl Registry {
         }
         for folder in folders {
             for at in [vec![folder.clone()], entries_of(folder)?].concat() {
-                for model in models(&at)? {
-                    let own = if model.is_file() { model.file_stem() } else { model.file_name() };
+                let within = models(&at)?;
+                for model in &within {
+                    // A folder of its own, such as smollm2, says it shorter than its file does.
+                    let alone = within.len() == 1 && at != *folder;
+                    let own = if alone { at.file_name() } else { model.file_stem() };
                     let own = own.and_then(|own| own.to_str()).unwrap_or_default();
                     found.push((own.into(), model.clone(), folder.display().to_string()));
                 }
