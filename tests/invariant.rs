@@ -99,13 +99,34 @@ fn check(device: &dyn Device, taken: &[usize], most_work: u64) -> usize {
 #[test]
 fn marked_kernels_of_the_cpu_are_invariant() {
     let device = device::cpu::Cpu::new();
-    assert!(check(&device, &TAKEN, 200_000_000) > 30);
+    assert!(check(&device, &TAKEN, 40_000_000) > 30);
+}
+
+#[test]
+fn marked_kernels_in_ptx_are_invariant() {
+    let device = device::ptx_sim::PtxSim::new();
+    assert!(check(&device, &[1, 3, 17], 4_000_000) > 20);
+}
+
+#[test]
+fn marked_kernels_in_wgsl_are_invariant() {
+    let adapter = match device::open("wgpu") {
+        Ok(adapter) => adapter,
+        Err(error) if std::env::var_os("HANDMILL_REQUIRE_WGPU").is_some() => panic!("{error}"),
+        Err(error) => return eprintln!("the kernels in WGSL are not tested: {error}"),
+    };
+    assert!(check(&*adapter, &[1, 3, 17], 4_000_000) > 20);
 }
 
 #[test]
 fn the_choice_does_not_depend_on_the_number_of_rows() {
-    let device = device::invariant::invariant(std::sync::Arc::new(device::cpu::Cpu::new()));
-    for spec in OPS {
+    let devices: [std::sync::Arc<dyn Device>; 2] =
+        [std::sync::Arc::new(device::cpu::Cpu::new()), std::sync::Arc::new(device::ptx_sim::PtxSim::new())];
+    for (device, spec) in devices
+        .into_iter()
+        .map(device::invariant::invariant)
+        .flat_map(|device| OPS.iter().map(move |spec| (device.clone(), spec)))
+    {
         let marked = spec.kernels().any(|k| device.caps().kind.runs(&k.source) && row_invariant(spec, k));
         for case in spec.cases.iter().filter(|_| marked) {
             let chosen = |m: usize| {
