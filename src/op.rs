@@ -499,8 +499,28 @@ const INVARIANT_RUST: Invariants = &[
     ("lora_shrink", &["naive", "rows", "rows_avx2", "rows_avx512"]),
     ("lora_expand", &["naive", "rows", "rows_avx2", "rows_avx512"]),
 ];
-const INVARIANT_PTX: Invariants = &[];
-const INVARIANT_WGSL: Invariants = &[];
+const INVARIANT_PTX: Invariants = &[
+    ("qmatmul", &["naive", "warp"]),
+    ("embedding", &["warp"]),
+    ("rmsnorm", &["warp"]),
+    ("rope", &["warp"]),
+    ("attention", &["naive", "decode"]),
+    ("swiglu", &["vec4"]),
+    ("add", &["vec4"]),
+    ("lora_shrink", &["warp"]),
+    ("lora_expand", &["columns"]),
+];
+const INVARIANT_WGSL: Invariants = &[
+    ("qmatmul", &["naive", "workgroup", "subgroup"]),
+    ("embedding", &["rows"]),
+    ("rmsnorm", &["workgroup", "vec4"]),
+    ("rope", &["flat", "vec4"]),
+    ("attention", &["naive", "workgroup", "decode"]),
+    ("swiglu", &["flat", "vec4"]),
+    ("add", &["flat", "vec4"]),
+    ("lora_shrink", &["workgroup"]),
+    ("lora_expand", &["columns"]),
+];
 
 impl Arg {
     /// Element type for a kernel with activations of type `act`.

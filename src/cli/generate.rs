@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
+use handmill::device::invariant::invariant;
 use handmill::model::chat::Message;
 use handmill::model::generate::{Ending, GenerateOptions, Generated, LanguageModel};
 use handmill::model::sampler::{self, Sampler, SamplerSettings};
@@ -58,6 +59,9 @@ pub struct Generate {
     /// Add the N largest logits of the first new position to the JSON, as top_logits: [[id, logit], ..]
     #[arg(long, value_name = "N", requires = "json")]
     top_logits: Option<usize>,
+    /// Take only kernels whose rows do not depend on one another: the bits of `serve` with the same flag
+    #[arg(long)]
+    batch_invariant: bool,
     #[command(flatten)]
     precision: Precision,
     #[command(flatten)]
@@ -98,7 +102,10 @@ impl Generate {
             (_, Some(file)) => read_text(file)?,
             _ => unreachable!("clap asks for one of the two"),
         };
-        let device = self.common.open_device()?;
+        let mut device = self.common.open_device()?;
+        if self.batch_invariant {
+            device = invariant(device);
+        }
         let model = open_model(&self.model.model, &self.adapter, &self.precision, &device)?;
         let prompt_ids = self.prompt_ids(&model, prompt)?;
         if self.max_tokens > 0 && prompt_ids.is_empty() {

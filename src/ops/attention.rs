@@ -73,12 +73,12 @@ const CPU: &[Kernel] = &[
         |d, args| tiled::launch(d, args, tiled::avx512),
         |d, caps| caps.simd >= Simd::Avx512 && d["M"] * (d["H"] / d["KV"]) > 48,
     ),
-    rung("attention_f32_decode", |d, args| decode::launch(d, args, decode::portable), |d, _| d["M"] <= 2),
+    rung("attention_f32_decode", |d, args| decode::launch(d, args, decode::portable), |d, _| d["M"] <= 16),
     #[cfg(target_arch = "x86_64")]
     rung(
         "attention_f32_decode_avx2",
         |d, args| decode::launch(d, args, decode::avx2),
-        |d, caps| caps.simd >= Simd::Avx2 && d["M"] <= 2,
+        |d, caps| caps.simd >= Simd::Avx2 && d["M"] <= 16,
     ),
 ];
 

@@ -50,7 +50,7 @@ pub static LORA_EXPAND: OpSpec = OpSpec {
         case(&[5, 130, 65, 65, 1, 131, 1], "a rank beyond a vector, columns that no vector load may begin at"),
         case(&[16, 1536, 16, 128, 8, 1536, 0], "SmolLM2-135M's gate projection, eight adapters of rank 16"),
     ],
-    kernels: &[CPU],
+    kernels: &[CPU, PTX, WGSL],
 };
 
 const CPU: &[Kernel] = &[
@@ -59,6 +59,15 @@ const CPU: &[Kernel] = &[
     rust("lora_expand_f32_rows_avx2", |d, args| rows(d, args, Simd::Avx2), has_avx2),
     rust("lora_expand_f32_rows_avx512", |d, args| rows(d, args, Simd::Avx512), has_avx512),
 ];
+
+const PTX: &[Kernel] = &[ptx!("lora_expand_f32_columns", |d| columns_of_a_row(d, 128), always)];
+
+const WGSL: &[Kernel] = &[wgsl!("lora_expand_f32_columns", |d| columns_of_a_row(d, 64), always)];
+
+/// A column a thread.
+fn columns_of_a_row(d: &Dims, threads: u32) -> Launch {
+    Launch { grid: [(d["N"] as u32).div_ceil(threads), d["M"] as u32, 1], block: [threads, 1, 1], shared_bytes: 0 }
+}
 
 /// Indices of adapters, −1 among them.
 fn adapters(d: &Dims, rng: &mut ChaCha8Rng) -> HostTensor {

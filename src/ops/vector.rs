@@ -13,6 +13,9 @@ pub trait Vector: Copy {
     /// A table of sixteen values, ready to look codes up.
     type Table: Copy;
 
+    /// True where a processor has 32 registers of this kind.
+    const MANY: bool = false;
+
     /// All lanes `v`.
     fn splat(v: f32) -> Self;
     /// 16 values.
@@ -353,6 +356,7 @@ mod x86 {
     impl Vector for Avx512 {
         type Codes = __m512i;
         type Table = __m512;
+        const MANY: bool = true;
 
         #[inline(always)]
         fn splat(v: f32) -> Self {

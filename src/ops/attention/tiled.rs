@@ -56,18 +56,37 @@ pub(super) fn launch<const W: usize>(
     let group = heads / kv_heads;
     let rows = (W / group).max(1);
     let mut tasks: Vec<Task<'_>> = Vec::new();
-    for (block, y) in y.f32_mut().chunks_mut(rows * heads * dim).enumerate() {
+    let (mut row, mut rest) = (0, y.f32_mut());
+    while row < span.len() {
+        let count = alike(&span[row..], rows);
+        let (y, after) = rest.split_at_mut(count * heads * dim);
         let first = tasks.len();
-        tasks.extend((0..kv_heads).map(|kv_head| (block * rows, kv_head, Vec::with_capacity(rows))));
+        tasks.extend((0..kv_heads).map(|kv_head| (row, kv_head, Vec::with_capacity(count))));
         for (i, part) in y.chunks_mut(group * dim).enumerate() {
             tasks[first + i % kv_heads].2.push(part);
         }
+        (row, rest) = (row + count, after);
     }
     // A guess of 40 flop a nanosecond and all keys for every row.
     let grain = simd::grain((4 * rows * group * dim * d["C"]) as f64 / 40.0);
     let scratch =
         || Scratch { q: vec![Lanes([0.0; W]); dim], s: vec![Lanes([0.0; W]); KEYS], y: vec![Lanes([0.0; W]); dim] };
     tasks.par_iter_mut().with_min_len(grain).for_each_init(scratch, |scratch, task| run(&problem, scratch, task));
+}
+
+/// How many of these rows, at most `most`, make one tile: as long as the keys of all are hardly more than twice those of
+/// one, for a tile's keys are those of any lane. Rows of a text see much the same; those of two texts may lie far apart.
+fn alike(span: &[[u32; 2]], most: usize) -> usize {
+    let (mut low, mut high, mut longest) = (u32::MAX, 0, 0);
+    for (i, &[start, end]) in span.iter().take(most).enumerate() {
+        if start < end {
+            (low, high, longest) = (low.min(start), high.max(end), longest.max(end - start));
+            if i > 0 && (high - low) as usize > 2 * longest as usize + KEYS {
+                return i;
+            }
+        }
+    }
+    span.len().min(most)
 }
 
 /// A task with what the build's own target has; four or eight registers hold 32 sums.

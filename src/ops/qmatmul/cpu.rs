@@ -405,27 +405,35 @@ impl<R: RowDot> Body for Stream<'_, R> {
             let count = SCALE_ROWS.min(self.rows.end - first);
             let used = count * groups;
             self.a.w.read_scales::<V>(first, groups, &mut scales[..used], &mut mins[..used]);
-            for i in 0..count {
-                let of_row = i * groups..(i + 1) * groups;
-                let (scales, mins) = (&scales[of_row.clone()], &mins[of_row]);
-                // Four rows of x at a time share a decoded weight and fit the registers.
-                let mut m = 0;
-                while m < self.a.m {
-                    m += match self.a.m - m {
+            // Four rows of x at a time, or eight, share a decoded weight, fit the registers and stay near meanwhile.
+            let mut m = 0;
+            while m < self.a.m {
+                let rows = match self.a.m - m {
+                    1 => 1,
+                    2 | 3 => 2,
+                    8.. if V::MANY => 8,
+                    _ => 4,
+                };
+                for i in 0..count {
+                    let of_row = i * groups..(i + 1) * groups;
+                    let (scales, mins) = (&scales[of_row.clone()], &mins[of_row]);
+                    match rows {
                         1 => self.tile::<V, 1>(first + i, m, scales, mins),
-                        2 | 3 => self.tile::<V, 2>(first + i, m, scales, mins),
-                        _ => self.tile::<V, 4>(first + i, m, scales, mins),
-                    };
+                        2 => self.tile::<V, 2>(first + i, m, scales, mins),
+                        4 => self.tile::<V, 4>(first + i, m, scales, mins),
+                        _ => self.tile::<V, 8>(first + i, m, scales, mins),
+                    }
                 }
+                m += rows;
             }
         }
     }
 }
 
 impl<R: RowDot> Stream<'_, R> {
-    /// y[m..m+T, n]; returns T.
+    /// y[m..m+T, n].
     #[inline(always)]
-    fn tile<V: Vector, const T: usize>(&self, n: usize, m: usize, scales: &[f32], mins: &[f32]) -> usize {
+    fn tile<V: Vector, const T: usize>(&self, n: usize, m: usize, scales: &[f32], mins: &[f32]) {
         let k = self.a.k;
         let x: [&[f32]; T] = std::array::from_fn(|t| &self.x.x[(m + t) * k..(m + t + 1) * k]);
         let dots = self.row.dot::<V, T>(n, x, scales);
@@ -442,7 +450,6 @@ impl<R: RowDot> Stream<'_, R> {
             // SAFETY: column n is this task's alone.
             unsafe { self.a.y.set(m + t, n, lanes.sum() + rest + self.a.extra.at(m + t, n)) };
         }
-        T
     }
 }
 
