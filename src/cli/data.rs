@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{Args, Subcommand};
 use handmill::registry::entries::{New, Source};
-use handmill::registry::log::{self, Options};
+use handmill::registry::from_log::{self, Options};
 use handmill::registry::Kind;
 use serde_json::json;
 
@@ -75,14 +75,13 @@ pub struct ChoiceFlags {
 impl ChoiceFlags {
     /// What the flags ask for.
     pub fn options(&self, questions: Option<PathBuf>, holdout: f64, seed: u64) -> Result<Options> {
-        let share = |value: f64| (0.0..1.0).contains(&value);
-        if !share(holdout) || !(self.near > 0.0 && self.near <= 1.0) {
+        if !((0.0..1.0).contains(&holdout) && self.near > 0.0 && self.near <= 1.0) {
             return Err(Usage("--holdout is a share below 1, --near one above 0".into()).into());
         }
         if self.min_rating.is_some_and(|rating| !rating.is_finite()) {
             return Err(Usage("--min-rating is a number".into()).into());
         }
-        let redact = log::patterns(&self.redact).map_err(|error| Usage(error.to_string()))?;
+        let redact = from_log::patterns(&self.redact).map_err(|error| Usage(error.to_string()))?;
         Ok(Options { questions, holdout, seed, redact, min_rating: self.min_rating, near: self.near })
     }
 }
@@ -100,7 +99,7 @@ impl FromLog {
         self.register.check(&[("", Kind::Dataset), ("-held-out", Kind::Dataset)])?;
         let questions = self.questions.as_ref().map(|path| resolve(Kind::Dataset, path)).transpose()?;
         let options = self.choice.options(questions, self.holdout, self.seed)?;
-        let made = log::make(&self.logs, &options)?;
+        let made = from_log::make(&self.logs, &options)?;
         let (held_out, manifest) = made.save(&self.out)?;
         let mut object = json!(made.manifest);
         object["out"] = self.out.display().to_string().into();
@@ -108,7 +107,7 @@ impl FromLog {
         let apart = made.held_out_count > 0;
         if let Some(name) = self.register.name("") {
             let registry = create()?;
-            let mut new = New::new(&name, Kind::Dataset, Source::Path(&self.out));
+            let mut new = New::of(&name, Kind::Dataset, Source::Path(&self.out));
             new.metadata = made.manifest.clone();
             let logs = made.manifest.get("logs").and_then(|logs| logs.as_array()).into_iter().flatten();
             let hashes = logs.filter_map(|log| log["sha256"].as_str());
@@ -116,7 +115,7 @@ impl FromLog {
             let (entry, _) = registry.add(&new)?;
             if apart {
                 let name = format!("{name}-held-out");
-                let mut held = New::new(&name, Kind::Dataset, Source::Path(&held_out));
+                let mut held = New::of(&name, Kind::Dataset, Source::Path(&held_out));
                 held.parents = new.parents.clone();
                 registry.add(&held)?;
             }

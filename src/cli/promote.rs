@@ -212,7 +212,8 @@ pub fn halted(halt: Halt, what: &str) -> anyhow::Error {
 /// The model that an adapter was trained over, where the registry has it.
 fn base_of(registry: &Registry, entry: &Entry) -> Result<PathBuf> {
     for parent in entry.parents.iter().filter(|parent| parent.role == "base") {
-        for model in registry.by_hash(&parent.sha256)?.iter().filter(|model| model.kind == Kind::Model) {
+        let known = registry.by_hash(&parent.sha256)?;
+        if let Some(model) = known.iter().find(|known| known.kind == Kind::Model) {
             return Ok(registry.path(model)?);
         }
     }

@@ -10,7 +10,7 @@ use handmill::error::quote;
 use handmill::model::adapter::model_sha256;
 use handmill::model::checkpoint::Checkpoint;
 use handmill::registry::entries::{Entry, New, Source};
-use handmill::registry::names::Reference;
+use handmill::registry::names::{Reference, Which};
 use handmill::registry::record::{self, Product};
 use handmill::registry::{self, files, Kind, Registry as Opened};
 use serde_json::{json, Value};
@@ -64,8 +64,9 @@ impl RegisterFlag {
         let Some(name) = &self.register else { return Ok(()) };
         let registry = create()?;
         for (end, kind) in ends {
-            registry
-                .find(&Reference::parse(&format!("{name}{end}")).map_err(|e| Usage(e.to_string()))?, Some(*kind))?;
+            let name = format!("{name}{end}");
+            registry::names::check_name(&name).map_err(|error| Usage(error.to_string()))?;
+            registry.find(&Reference { name, which: Which::Latest }, Some(*kind))?;
         }
         Ok(())
     }
@@ -363,7 +364,7 @@ impl Add {
             .or_else(|| Kind::of(&self.path))
             .ok_or_else(|| Usage(format!("{}: its files do not say what it is: give --kind", self.path.display())))?;
         let source = if self.in_place { Source::InPlace(&self.path) } else { Source::Path(&self.path) };
-        let mut new = New::new(&self.name, kind, source);
+        let mut new = New::of(&self.name, kind, source);
         for text in &self.parent {
             let (role, parent) = pair(text)?;
             let hash = if files::is_hash(&parent) { parent } else { registry.get(&parent, None)?.identity };

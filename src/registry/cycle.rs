@@ -10,7 +10,8 @@ use serde_json::{json, Map, Value};
 
 use super::entries::{Entry, New, Source};
 use super::gate::{self, Aliases, Terms};
-use super::{log, names, Kind, Registry};
+use super::{from_log, names, Kind, Registry};
+use crate::compare::questions;
 use crate::compare::stages;
 use crate::compare::training::{self, Trained};
 use crate::compare::{mix, Config, Halt, Progress, Recipe, Watch};
@@ -37,7 +38,7 @@ pub struct Cycle {
     /// Rows that are trained on beside those of the logs, as `finetune` takes them.
     pub data: Vec<PathBuf>,
     /// How rows are chosen.
-    pub options: log::Options,
+    pub options: from_log::Options,
     /// Fewer rows than this are not trained on.
     pub least_rows: usize,
     /// How the adapter is trained.
@@ -89,6 +90,15 @@ pub fn run(registry: &Registry, cycle: &Cycle, device: Arc<dyn Device>, watch: W
     let _lock = run::lock(&cycle.out)?;
     let state = cycle.out.join("state");
     fs::create_dir_all(&state).map_err(|cause| Error::io(&state, cause))?;
+    if let gate::Task::Questions(path) = &cycle.terms.task {
+        let held = questions::read_questions(path)?;
+        for rows in &cycle.data {
+            if let Some(line) = from_log::leaks(rows, &held)?.first() {
+                let what = format!("asks #{line} of the held-out questions: take it out, or the gate proves nothing");
+                return Err(Error::file(rows, what).into());
+            }
+        }
+    }
     watch(&Progress { stage: "capturing", done: 0, total: 0, what: "reading the logs".into() });
     let manifest = capture(cycle)?;
     let rows = manifest.get("rows").and_then(Value::as_u64).unwrap_or(0) as usize;
@@ -102,7 +112,7 @@ pub fn run(registry: &Registry, cycle: &Cycle, device: Arc<dyn Device>, watch: W
     }
     let own = format!("{}-data", cycle.name);
     let path = cycle.out.join(DATA);
-    let mut new = New::new(&own, Kind::Dataset, Source::Path(&path));
+    let mut new = New::of(&own, Kind::Dataset, Source::Path(&path));
     new.metadata = manifest.clone();
     for source in manifest.get("logs").and_then(Value::as_array).into_iter().flatten() {
         new.parents.extend(source["sha256"].as_str().map(|hash| ("log".to_string(), hash.to_string())));
@@ -112,7 +122,7 @@ pub fn run(registry: &Registry, cycle: &Cycle, device: Arc<dyn Device>, watch: W
     let base = model_sha256(&Checkpoint::open(&cycle.terms.model)?)?;
     let trained = train(cycle, &base, &data, device.clone(), &mut *watch)?;
     let adapter = cycle.out.join(ADAPTER);
-    let mut new = New::new(&cycle.name, Kind::Adapter, Source::Path(&adapter));
+    let mut new = New::of(&cycle.name, Kind::Adapter, Source::Path(&adapter));
     new.parents.push(("data".into(), data.identity.clone()));
     for path in &cycle.data {
         new.parents.push(("data".into(), stages::file_sha256(path)?));
@@ -141,7 +151,7 @@ fn capture(cycle: &Cycle) -> Result<Map<String, Value>, Halt> {
             return Ok(found);
         }
     }
-    let made = log::make(&cycle.logs, options)?;
+    let made = from_log::make(&cycle.logs, options)?;
     made.save(&out)?;
     Ok(stages::save(&cycle.out, "capture", &key, &made.manifest)?)
 }

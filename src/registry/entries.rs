@@ -93,7 +93,7 @@ pub struct New<'a> {
 
 impl<'a> New<'a> {
     /// An entry of which nothing more is known.
-    pub fn new(name: &'a str, kind: Kind, source: Source<'a>) -> New<'a> {
+    pub fn of(name: &'a str, kind: Kind, source: Source<'a>) -> New<'a> {
         New { name, kind, source, parents: Vec::new(), tags: Vec::new(), metadata: Map::new() }
     }
 }

@@ -17,7 +17,7 @@ use serde_json::{json, Map, Value};
 
 use super::aliases::Promotion;
 use super::entries::{Entry, New, Source};
-use super::{Kind, Registry};
+use super::{from_log, Kind, Registry};
 use crate::compare::arms::{self, Answered};
 use crate::compare::form::Form;
 use crate::compare::questions::{self, Question};
@@ -193,7 +193,11 @@ pub fn promote(
             sha256: champion.as_ref().map(|champion| champion.identity.clone()),
         },
     ];
-    let verdict = judge(terms, &texts, basis, sides, &work, device, watch)?;
+    let mut verdict = judge(terms, &texts, basis, sides, &work, device, watch)?;
+    if let Some(leak) = leak(registry, candidate, terms)? {
+        verdict.passed = false;
+        verdict.reasons.push(leak);
+    }
     let version = |entry: &Entry| json!({ "version": entry.version, "sha256": entry.sha256 });
     let decision = decision(&verdict, aliases);
     let report = json!({ "decision": decision, "reasons": verdict.reasons, "name": name, "candidate": version(candidate),
@@ -201,7 +205,7 @@ pub fn promote(
         "model_sha256": base_sha256, "task_sha256": task_sha256, "seed": terms.seed });
     let text = format!("{report:#}\n");
     let own = format!("{name}-evaluation");
-    let mut new = New::new(&own, Kind::Evaluation, Source::Bytes("evaluation.json", text.as_bytes()));
+    let mut new = New::of(&own, Kind::Evaluation, Source::Bytes("evaluation.json", text.as_bytes()));
     new.parents.push(("candidate".into(), candidate.identity.clone()));
     new.parents.extend(champion.as_ref().map(|champion| ("champion".into(), champion.identity.clone())));
     new.parents.extend([("base".into(), base_sha256), (role.into(), task_sha256)]);
@@ -214,6 +218,27 @@ pub fn promote(
         log::info!("{} stays for the next collection: {error}", work.display());
     }
     Ok(Promoted { verdict, champion: champion.map(|champion| champion.version), evaluation })
+}
+
+/// Says which held-out questions the candidate was trained on, as far as the registry has its rows.
+fn leak(registry: &Registry, candidate: &Entry, terms: &Terms) -> Result<Option<String>, Error> {
+    let Task::Questions(path) = &terms.task else { return Ok(None) };
+    let held = questions::read_questions(path)?;
+    for parent in candidate.parents.iter().filter(|parent| parent.role == "data") {
+        for rows in
+            registry.by_hash(&parent.sha256)?.iter().filter(|rows| rows.kind == Kind::Dataset && !rows.directory)
+        {
+            // Rows of other forms are no questions that could be asked here.
+            let Ok(lines) = from_log::leaks(&registry.path(rows)?, &held) else { continue };
+            if let Some(line) = lines.first() {
+                let (count, of, rows) = (lines.len(), held.len(), rows.reference());
+                return Ok(Some(format!(
+                    "{count} of {of} questions, #{line} first, are in {rows}, which it was trained on"
+                )));
+            }
+        }
+    }
+    Ok(None)
 }
 
 /// The word for what became of a candidate.

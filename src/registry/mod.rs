@@ -10,15 +10,15 @@
 //!
 //! Read in this order: [`names`], [`files`], [`database`], [`entries`] (what is kept and how it is found), [`aliases`],
 //! [`upkeep`] (verify, collect, export), [`record`] (what commands leave), [`gate`] (whether a candidate is better),
-//! [`log`] and [`near`] (served answers back to training rows), [`cycle`] (all of it once).
+//! [`from_log`] and [`near`] (served answers back to training rows), [`cycle`] (all of it once).
 
 pub mod aliases;
 pub mod cycle;
 pub mod database;
 pub mod entries;
 pub mod files;
+pub mod from_log;
 pub mod gate;
-pub mod log;
 pub mod names;
 pub mod near;
 pub mod record;

@@ -35,7 +35,7 @@ pub fn leave(
     products: &[Product],
 ) -> Result<Vec<Entry>, Error> {
     let text = format!("{:#}\n", json!(report));
-    let mut run = New::new(command, Kind::Run, Source::Bytes("run.json", text.as_bytes()));
+    let mut run = New::of(command, Kind::Run, Source::Bytes("run.json", text.as_bytes()));
     run.parents = parents.to_vec();
     for key in ["status", "out", "device"] {
         run.metadata.extend(report.get(key).map(|value| (key.to_string(), value.clone())));
@@ -43,7 +43,7 @@ pub fn leave(
     let (run, _) = registry.add(&run)?;
     let mut left = vec![run];
     for product in products {
-        let mut new = New::new(&product.name, product.kind, product.source);
+        let mut new = New::of(&product.name, product.kind, product.source);
         new.parents = [parents, &product.parents, &[("run".to_string(), left[0].identity.clone())]].concat();
         left.push(registry.add(&new)?.0);
     }

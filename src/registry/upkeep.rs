@@ -233,7 +233,7 @@ impl Registry {
         let mut scanned = Vec::new();
         for (text, path, origin) in found {
             let Some(word) = names::name_of(&text) else { continue };
-            let mut new = New::new(&word, Kind::Model, Source::InPlace(&path));
+            let mut new = New::of(&word, Kind::Model, Source::InPlace(&path));
             new.metadata.insert("origin".into(), json!(origin));
             let entry = self.add(&new);
             scanned.push(Scanned { path, entry });

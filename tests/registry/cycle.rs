@@ -208,6 +208,8 @@ fn a_cycle_comes_to_a_candidate_and_a_second_one_does_nothing_anew() {
     // Other terms, a refusal: the adapter stays without the alias.
     let refused = run(&["--candidate", "other", "--champion", "none", "--min-gain", "99"]);
     assert_eq!((refused.code, refused.object()["decision"].as_str()), (1, Some("refused")));
+    let leaky = run(&["--data", str(&questions)]);
+    assert!(leaky.code == 1 && leaky.stderr.contains("asks #1 of the held-out questions"), "{}", leaky.stderr);
     let few = run(&["--least-rows", "9"]);
     assert!(few.code == 1 && few.stderr.contains("--least-rows asks for 9"), "{}", few.stderr);
     assert_eq!(place.json(&["registry", "verify"])["damage"], json!([]));

@@ -134,6 +134,11 @@ fn other_measures_and_terms_that_make_no_sense() {
     let few = place.file("few.jsonl", &few);
     let run = by(&["--questions", str(&few), "--metric", "nll", "--max-forgetting", "99"]);
     assert!(run.code == 1 && run.stdout.contains("too few"), "{}", run.stdout);
+    // Questions it was trained on prove nothing either.
+    let known = |(thing, at): (&str, &str)| json!({"question": format!("Where is the {thing}?"), "answer": at});
+    let known = place.file("known.jsonl", &THINGS.map(|thing| format!("{}\n", known(thing))).concat());
+    let run = by(&["--questions", str(&known), "--metric", "nll", "--max-forgetting", "99"]);
+    assert!(run.code == 1 && run.stdout.contains("8 of 8 questions, #1 first, are in rows@1"), "{}", run.stdout);
     for (more, words) in [
         (vec!["--eval-data", str(&rows), "--metric", "f1"], "--metric nll"),
         (vec!["--questions", str(&questions), "--max-forgetting", "nan"], "are numbers"),

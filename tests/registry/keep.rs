@@ -129,9 +129,9 @@ fn hostile_names_paths_and_bytes_are_refused() {
     }
     // A name with NUL cannot be an argument; the library refuses it as well.
     let registry = Registry::create(&place.registry()).unwrap();
-    assert!(registry.add(&New::new("a\0b", Kind::Dataset, Source::Path(&rows))).is_err());
+    assert!(registry.add(&New::of("a\0b", Kind::Dataset, Source::Path(&rows))).is_err());
     for file in ["../x", "/x", "a/../b", "a\0b", "", "a//b", "a\\b"] {
-        let error = registry.add(&New::new("x", Kind::Run, Source::Bytes(file, b"x"))).err().map(|e| e.to_string());
+        let error = registry.add(&New::of("x", Kind::Run, Source::Bytes(file, b"x"))).err().map(|e| e.to_string());
         assert!(error.as_ref().is_some_and(|error| error.contains("no path inside")), "{file:?}: {error:?}");
     }
     assert!(registry.list(None, None).unwrap().is_empty(), "nothing was added");

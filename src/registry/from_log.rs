@@ -9,6 +9,7 @@
 //! An answer that was corrected is trained on as corrected, wherever it stands: at the end of a row, or as an earlier
 //! turn of one. Of rows that ask the same the best is kept: corrected, then by rating, then the latest.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,7 +19,7 @@ use serde_json::{json, Map, Value};
 
 use super::near::Near;
 use crate::aside;
-use crate::compare::questions::{self, Question};
+use crate::compare::questions::{self, Question, TrainRow};
 use crate::compare::{metrics, stages};
 use crate::error::{quote, Error};
 use crate::model::adapter::{hex, sha256};
@@ -116,14 +117,13 @@ pub fn make(logs: &[PathBuf], options: &Options) -> Result<Made, Error> {
             }
             read += 1;
             match parse(line) {
-                Some((id, Line::Asked(one))) => {
-                    if asked.contains_key(&id) {
-                        *left.entry("id seen before").or_default() += 1;
-                    } else {
-                        order.push(id.clone());
-                        asked.insert(id, one);
+                Some((id, Line::Asked(one))) => match asked.entry(id) {
+                    Entry::Occupied(_) => *left.entry("id seen before").or_default() += 1,
+                    Entry::Vacant(place) => {
+                        order.push(place.key().clone());
+                        place.insert(one);
                     }
-                }
+                },
                 Some((id, Line::Feedback(new))) => {
                     let known = said.entry(id).or_default();
                     known.rating = new.rating.or(known.rating);
@@ -402,6 +402,18 @@ fn unleaked(found: Vec<Candidate>, held: &[Question], threshold: f64, left: &mut
         left.insert("in the held-out set", out.len());
     }
     kept
+}
+
+/// Which of these questions, by line, rows to train on ask as well; of rows of one question and one answer.
+pub fn leaks(rows: &Path, held: &[Question]) -> Result<Vec<usize>, Error> {
+    let rows = questions::read_train(rows)?;
+    let asked = rows.iter().filter_map(|row| match row {
+        TrainRow::Asked(question) => Some(metrics::normal(&question.question)),
+        TrainRow::Plain(_) => None,
+    });
+    let asked: HashSet<String> = asked.collect();
+    let leaks = held.iter().filter(|question| asked.contains(&metrics::normal(&question.question)));
+    Ok(leaks.map(|question| question.line).collect())
 }
 
 /// Whether a question is kept apart: by its text alone, so that it stays so in the next data set.
