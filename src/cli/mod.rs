@@ -1,5 +1,6 @@
 //! Commands: their flags and what they print. Results go to stdout, everything else to stderr.
 
+mod ab;
 mod adapter;
 mod ask;
 mod compare;
@@ -11,6 +12,7 @@ mod generate;
 mod index;
 mod quantize;
 mod search;
+mod serve;
 mod sim;
 mod sim_trace;
 mod verify;
@@ -60,6 +62,8 @@ enum Command {
     Index(index::Index),
     Search(Box<search::Search>),
     Ask(Box<ask::Ask>),
+    Serve(Box<serve::Serve>),
+    Ab(ab::Ab),
 }
 
 /// Flags of every command.
@@ -116,6 +120,8 @@ pub fn main() -> ExitCode {
         Command::Index(command) => command.run(),
         Command::Search(command) => command.run(),
         Command::Ask(command) => command.run(),
+        Command::Serve(command) => command.run(),
+        Command::Ab(command) => command.run(),
     };
     let Err(error) = result.and_then(|()| Ok(io::stdout().flush()?)) else {
         return ExitCode::SUCCESS;

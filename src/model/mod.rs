@@ -19,6 +19,7 @@ pub mod llama;
 pub mod merge;
 pub mod sampler;
 pub mod session;
+pub mod stop;
 pub mod tokenizer;
 pub mod weights;
 pub mod write;
