@@ -371,6 +371,8 @@ pub struct Caps {
     pub max_binding: usize,
     /// A view of a buffer begins at a multiple of this.
     pub view_alignment: usize,
+    /// Only kernels whose rows do not depend on one another may run ([`row_invariant`]).
+    pub batch_invariant: bool,
 }
 
 /// The params of one launch: dims by name, then scalars.
@@ -460,9 +462,45 @@ impl OpSpec {
 
     /// The fastest kernel with activations of type `act` for these dims on a device, if any.
     pub fn choose(&self, dims: &Dims, act: Dtype, caps: &Caps) -> Option<&'static Kernel> {
-        self.kernels().rev().find(|k| k.act == act && caps.kind.runs(&k.source) && (k.supports)(dims, caps))
+        let mut kernels = self.kernels().rev().filter(|k| k.act == act && caps.kind.runs(&k.source));
+        if caps.batch_invariant {
+            // Chosen as for one row, whatever the number: an invariant kernel takes any.
+            let one = if dims.get("M").is_some() { &dims.clone().with("M", 1) } else { dims };
+            return kernels.find(|k| row_invariant(self, k) && (k.supports)(one, caps));
+        }
+        kernels.find(|k| (k.supports)(dims, caps))
     }
 }
+
+/// True for a kernel that gives a row of its result the same bits whatever the number of rows, the row's place and the
+/// other rows are, and that takes any number of rows whatever its `supports` says of that: tests/invariant.rs proves it
+/// for each. A row is a token: M counts them.
+pub fn row_invariant(spec: &OpSpec, kernel: &Kernel) -> bool {
+    let variants = match kernel.source {
+        Source::Rust(_) => INVARIANT_RUST,
+        Source::Ptx(_) => INVARIANT_PTX,
+        Source::Wgsl(_) => INVARIANT_WGSL,
+    };
+    let variant = kernel.stem.get(spec.name.len() + spec.format.len() + 2..).unwrap_or_default();
+    variants.iter().any(|(op, of_op)| *op == spec.name && of_op.contains(&variant))
+}
+
+/// An op and the variants of it that are invariant, in every format.
+type Invariants = &'static [(&'static str, &'static [&'static str])];
+
+const INVARIANT_RUST: Invariants = &[
+    ("qmatmul", &["naive", "rows", "rows_avx2", "rows_avx512"]),
+    ("embedding", &["rows"]),
+    ("rmsnorm", &["rows"]),
+    ("rope", &["rows"]),
+    ("attention", &["naive", "decode", "decode_avx2"]),
+    ("swiglu", &["chunks", "chunks_avx2"]),
+    ("add", &["chunks"]),
+    ("lora_shrink", &["naive", "rows", "rows_avx2", "rows_avx512"]),
+    ("lora_expand", &["naive", "rows", "rows_avx2", "rows_avx512"]),
+];
+const INVARIANT_PTX: Invariants = &[];
+const INVARIANT_WGSL: Invariants = &[];
 
 impl Arg {
     /// Element type for a kernel with activations of type `act`.

@@ -291,6 +291,7 @@ fn shaders_are_what_their_headers_say() {
         shared_bytes: 32 << 10,
         max_binding: 128 << 20,
         view_alignment: 256,
+        batch_invariant: false,
     };
     let software = Caps { software: true, ..hardware.clone() };
     let mut faults = Vec::new();

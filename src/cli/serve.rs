@@ -10,17 +10,19 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use clap::Args;
 use handmill::device::Device;
-use handmill::model::adapter as lora;
-use handmill::model::adapter::sha256;
+use handmill::model::adapter::{model_sha256, sha256};
+use handmill::model::checkpoint::Checkpoint;
 use handmill::retrieve::index::Index;
 use handmill::retrieve::prompt::special_tokens;
 use handmill::serve::canary::{AliasSpec, Canary};
 use handmill::serve::capture::{with_end, Capture};
+use handmill::serve::engine::{Engine, Options};
 use handmill::serve::http::metrics::Metrics;
 use handmill::serve::http::routes::{is_name, models};
 use handmill::serve::http::{listen, Arm, Limits, Recent, Server};
 use handmill::serve::retrieval::Retrieval;
 use handmill::serve::tally::Bounds;
+use handmill::serve::watch::Watch;
 use regex::Regex;
 use serde_json::{json, Value};
 
@@ -81,6 +83,9 @@ pub struct Serve {
     /// Tokens that a prompt and its answer may have together [default: the model's context]
     #[arg(long, value_name = "N")]
     context: Option<usize>,
+    /// Tokens that all requests worked on may have together
+    #[arg(long, value_name = "N", default_value_t = Options::default().cache_tokens)]
+    cache_tokens: usize,
     /// New tokens of a chat's answer whose request does not say how many
     #[arg(long, value_name = "N", default_value_t = 256)]
     max_tokens: usize,
@@ -126,6 +131,10 @@ pub struct Serve {
     /// .. when its share of good ratings is more than this below the champion's
     #[arg(long, value_name = "SHARE", default_value_t = Bounds::default().feedback)]
     rollback_feedback: f64,
+    /// Questions that a model was trained on: a .npy of --embed-model's vectors, or a .jsonl of training rows; how far
+    /// the questions of late are from them stands in /metrics and on the page
+    #[arg(long, value_name = "FILE", requires = "embed_model")]
+    drift_reference: Option<PathBuf>,
     #[command(flatten)]
     precision: Precision,
     #[command(flatten)]
@@ -264,6 +273,7 @@ impl Serve {
             names.push(name.clone());
         }
         let retrieval = self.open_retrieval(device, embedding)?.map(Arc::new);
+        let drift = self.open_drift(retrieval.as_deref())?.map(Arc::new);
         let engine = self.open_engine(device)?;
         let special = special_tokens(&engine.text().tokenizer);
         let known = engine.adapters();
@@ -313,7 +323,7 @@ impl Serve {
             began: Instant::now(),
             draining: AtomicBool::new(false),
             active: Arc::new(AtomicUsize::new(0)),
-            drift: None,
+            drift,
         };
         for (model, _) in self.alias.iter().flat_map(|alias| &alias.arms) {
             if server.target(model).is_none() {
@@ -336,24 +346,64 @@ impl Serve {
         Ok(Some(Retrieval { name, embedder, device, indexes, k, min_score, turn: Mutex::new(()) }))
     }
 
-    fn open_engine(&self, device: &Arc<dyn Device>) -> Result<handmill::serve::standin::Engine> {
-        let flag = || super::AdapterFlag { adapter: None, base: BaseFlag { any_base: self.base.any_base } };
-        let model = open_model(&self.model.model, &flag(), &self.precision, device)?;
-        let text = open_model(&self.model.model, &flag(), &self.precision, device)?;
-        let options = handmill::serve::standin::Options {
+    fn open_engine(&self, device: &Arc<dyn Device>) -> Result<Engine> {
+        let flag = super::AdapterFlag { adapter: None, base: BaseFlag { any_base: self.base.any_base } };
+        let model = open_model(&self.model.model, &flag, &self.precision, device)?;
+        // Reading the model's files whole is for those who load adapters.
+        let asked = !self.base.any_base && (!self.adapter.is_empty() || self.allow_admin);
+        let base = asked.then(|| model_sha256(&Checkpoint::open(&self.model.model)?)).transpose()?;
+        let options = Options {
             max_running: self.max_running,
             max_waiting: self.max_waiting,
-            context: self.context,
+            cache_tokens: self.cache_tokens,
+            context: self.context.unwrap_or(0),
+            base_sha256: base,
+            ..Options::default()
         };
-        let engine = handmill::serve::standin::Engine::start(model, text, options)?;
+        let engine = Engine::start(model, options)?;
         for (name, path) in &self.adapter {
-            let place = || path.display().to_string();
-            let adapter = lora::Adapter::open(path).context("cannot open the adapter (a PEFT directory)")?;
-            self.base.check(&adapter, &self.model.model).with_context(place)?;
-            engine.load_adapter(name, path).with_context(place)?;
+            engine.load_adapter(name, path).with_context(|| format!("adapter {name}: {}", path.display()))?;
         }
         Ok(engine)
     }
+
+    /// The questions that others are compared with: unit vectors of a `.npy`, or texts of a `.jsonl`.
+    fn open_drift(&self, retrieval: Option<&Retrieval>) -> Result<Option<Watch>> {
+        let (Some(path), Some(retrieval)) = (&self.drift_reference, retrieval) else { return Ok(None) };
+        let d = retrieval.embedder.width();
+        let place = || format!("--drift-reference {}", path.display());
+        let rows = match path.extension().is_some_and(|end| end == "npy") {
+            true => {
+                let array = handmill::npy::Array::open(path).with_context(place)?;
+                if array.shape.len() != 2 || array.shape[1] != d {
+                    anyhow::bail!("{}: has the shape {:?}; vectors of {d} numbers are wanted", place(), array.shape);
+                }
+                array.f32().with_context(place)?.to_vec()
+            }
+            false => {
+                let (text, mut questions) = (super::read_text(path)?, Vec::new());
+                for (row, line) in (1..).zip(text.lines().filter(|line| !line.trim().is_empty())) {
+                    let object: Value = serde_json::from_str(line).with_context(|| format!("{}: #{row}", place()))?;
+                    let question = question_of(&object);
+                    questions.push(question.with_context(|| format!("{}: #{row} asks nothing", place()))?);
+                }
+                retrieval.embedder.embed_lines(&questions)?
+            }
+        };
+        match rows.len() / d {
+            0 | 1 => Err(Usage(format!("{} holds fewer than two questions", place())).into()),
+            _ => Ok(Some(Watch::new(rows, d))),
+        }
+    }
+}
+
+/// What a training row asks.
+fn question_of(row: &Value) -> Option<String> {
+    let text = |key: &str| row.get(key).and_then(Value::as_str).map(str::to_string);
+    let said = row.get("messages").and_then(Value::as_array).and_then(|messages| {
+        messages.iter().find(|message| message["role"] == "user")?.get("content")?.as_str().map(str::to_string)
+    });
+    said.or(text("question")).or(text("prompt")).or(text("instruction")).or(text("text"))
 }
 
 /// Comes back when the process is asked to end.

@@ -53,6 +53,7 @@ impl Cpu {
             shared_bytes: 0,
             max_binding: usize::MAX,
             view_alignment: 64,
+            batch_invariant: false,
         };
         Cpu { caps, queue: Mutex::new(()) }
     }

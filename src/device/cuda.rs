@@ -265,6 +265,7 @@ impl Cuda {
             shared_bytes: facts.shared,
             max_binding: facts.memory,
             view_alignment: 256,
+            batch_invariant: false,
         };
         let context = Context { id, device: facts.device, context, stream, pooled: facts.pooled };
         Ok(Cuda { context: Arc::new(context), name: facts.name, memory: facts.memory, caps, loaded: Mutex::default() })

@@ -5,6 +5,7 @@
 
 pub mod cpu;
 pub mod cuda;
+pub mod invariant;
 pub mod profile;
 pub mod ptx;
 pub mod ptx_sim;

@@ -79,6 +79,7 @@ impl PtxSim {
             shared_bytes: ptx_sim::shared_limit(sm),
             max_binding: 1 << 32,
             view_alignment: 256,
+            batch_invariant: false,
         };
         PtxSim { caps, state: Arc::default() }
     }

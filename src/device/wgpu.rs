@@ -91,6 +91,7 @@ impl Wgpu {
             shared_bytes: limits.max_compute_workgroup_storage_size,
             max_binding: options.max_binding.map_or(limit, |lower| lower.min(limit)) / VIEW_ALIGNMENT * VIEW_ALIGNMENT,
             view_alignment: VIEW_ALIGNMENT,
+            batch_invariant: false,
         };
         let stamps = features.contains(wgpu::Features::TIMESTAMP_QUERY).then(|| {
             device.create_query_set(&wgpu::QuerySetDescriptor {

@@ -325,18 +325,22 @@ impl Adapter {
     /// Refuses an adapter whose writer named another base than `base`, the model it is to run beside; one that names
     /// none is taken. Reads the model's files whole where it does.
     pub fn check_base(&self, base: &Checkpoint) -> Result<(), Error> {
-        let Some(expected) = &self.base_sha256 else { return Ok(()) };
-        let found = model_sha256(base)?;
-        if *expected == found {
-            return Ok(());
+        match self.base_sha256 {
+            Some(_) => self.check_base_sha256(&model_sha256(base)?),
+            None => Ok(()),
         }
+    }
+
+    /// The same where [`model_sha256`] of the base is known.
+    pub fn check_base_sha256(&self, found: &str) -> Result<(), Error> {
+        let Some(expected) = self.base_sha256.as_ref().filter(|expected| *expected != found) else { return Ok(()) };
         let first = |hash: &str| hash.chars().take(12).collect::<String>();
         Err(Error::Request(format!(
             "the adapter was trained over another base{}: the SHA-256 of that began with {}, this model's with {}; name \
              that model, or give --any-base where this one has the same weights in another form",
             self.config.base.as_ref().map_or(String::new(), |base| format!(", {}", quote(base))),
             quote(&first(expected)),
-            first(&found)
+            first(found)
         )))
     }
 
@@ -442,6 +446,11 @@ impl Llama {
         adapter.check(&self.config)?;
         self.detach();
         let device = self.device.clone();
+        if device.caps().batch_invariant {
+            // The same sums in the same order as where many adapters share a pass.
+            self.lora_rank = adapter.config.r;
+            return self.stack(0, adapter);
+        }
         let upload = |values: &[f32]| {
             let buffer = device.alloc(4 * values.len())?;
             device.write(&buffer, 0, bytemuck::cast_slice(values))?;
@@ -458,10 +467,13 @@ impl Llama {
         Ok(())
     }
 
-    /// Takes the adapter away.
+    /// Takes every adapter away.
     pub fn detach(&mut self) {
         for layer in &mut self.layers {
-            TARGETS.iter().for_each(|(target, _)| layer.projection_mut(target).lora = None);
+            for (target, _) in TARGETS {
+                let linear = layer.projection_mut(target);
+                (linear.lora, linear.stack) = (None, None);
+            }
         }
         self.lora_rank = 0;
     }
@@ -485,6 +497,11 @@ pub fn model_sha256(checkpoint: &Checkpoint) -> Result<String, Error> {
             Ok(hex(&sha256(text.as_bytes())))
         }
     }
+}
+
+/// SHA-256 of an adapter's weights file in hexadecimal.
+pub fn weights_sha256(dir: &Path) -> Result<String, Error> {
+    Ok(hex(&file_sha256(&dir.join(WEIGHTS))?))
 }
 
 /// SHA-256 of a file, read a piece at a time: a mapped one would count as memory of this process.

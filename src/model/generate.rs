@@ -116,22 +116,13 @@ impl LanguageModel {
 
     /// The ids of a prompt: special tokens in it are recognised, BOS comes first where the model's metadata says so.
     pub fn prompt_ids(&self, text: &str) -> Result<Vec<u32>, Error> {
-        let bos = self.tokenizer.bos().filter(|_| self.tokenizer.add_bos());
-        let mut ids: Vec<u32> = bos.into_iter().collect();
-        ids.extend(self.tokenizer.encode(text)?);
-        Ok(ids)
+        prompt_ids(&self.tokenizer, text)
     }
 
     /// The ids of a conversation in the model's chat template, the assistant's turn open at the end. The template
     /// places BOS itself. An error where the model has no template or it refuses the messages.
     pub fn chat_ids(&self, messages: &[Message]) -> Result<Vec<u32>, Error> {
-        let Some(template) = &self.chat_template else {
-            return Err(Error::Request("this model has no chat template: give it a plain prompt".into()));
-        };
-        let text = |id: Option<u32>| id.and_then(|id| self.tokenizer.token(id)).unwrap_or_default();
-        let (bos, eos) = (text(self.tokenizer.bos()), text(self.tokenizer.eos()));
-        let text = ChatTemplate::from_str(template, &bos, &eos)?.render(messages, true)?;
-        Ok(self.tokenizer.encode(&text)?)
+        chat_ids(&self.tokenizer, self.chat_template.as_deref(), messages)
     }
 
     /// The tokens by which the model ends a text or a turn.
@@ -249,6 +240,29 @@ impl Generated {
     pub fn tokens_per_s(&self) -> f64 {
         rate(self.decode_tokens, self.decode_seconds)
     }
+}
+
+/// [`LanguageModel::prompt_ids`].
+pub(crate) fn prompt_ids(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>, Error> {
+    let bos = tokenizer.bos().filter(|_| tokenizer.add_bos());
+    let mut ids: Vec<u32> = bos.into_iter().collect();
+    ids.extend(tokenizer.encode(text)?);
+    Ok(ids)
+}
+
+/// [`LanguageModel::chat_ids`].
+pub(crate) fn chat_ids(
+    tokenizer: &Tokenizer,
+    template: Option<&str>,
+    messages: &[Message],
+) -> Result<Vec<u32>, Error> {
+    let Some(template) = template else {
+        return Err(Error::Request("this model has no chat template: give it a plain prompt".into()));
+    };
+    let text = |id: Option<u32>| id.and_then(|id| tokenizer.token(id)).unwrap_or_default();
+    let (bos, eos) = (text(tokenizer.bos()), text(tokenizer.eos()));
+    let text = ChatTemplate::from_str(template, &bos, &eos)?.render(messages, true)?;
+    Ok(tokenizer.encode(&text)?)
 }
 
 fn rate(count: usize, seconds: f64) -> f64 {

@@ -1,5 +1,6 @@
 //! Weights on a device and what is done with them: products, with an adapter beside them, and rows picked by ids.
 
+use super::stack::Stack;
 use crate::device::{self, Buffer, Device};
 use crate::error::Error;
 use crate::op::{Dims, OpSpec};
@@ -40,6 +41,8 @@ pub struct Linear {
     pub bias: Option<Vec<Buffer>>,
     /// The adapter beside it.
     pub lora: Option<Lora>,
+    /// Adapters beside it of which each token names its own.
+    pub stack: Option<Stack>,
     op: &'static OpSpec,
     /// Of [`super::weights::LoadOptions::bf16`].
     pub(super) bf16: bool,
@@ -99,7 +102,7 @@ impl Linear {
     /// A projection without bias by a matrix that is already there, such as a tied embedding.
     pub fn new(device: &dyn Device, matrix: Matrix) -> Result<Linear, Error> {
         let op = ops::find("qmatmul", matrix.format.name());
-        Ok(Linear { matrix, bias: None, lora: None, op, bf16: false, empty: device.alloc(0)? })
+        Ok(Linear { matrix, bias: None, lora: None, stack: None, op, bf16: false, empty: device.alloc(0)? })
     }
 
     /// Queues y[m, n] = x[m, k]·Wᵀ + bias, whatever adapter is beside it.
@@ -194,7 +197,7 @@ impl Linear {
         columns: usize,
         dims: &Dims,
     ) -> Result<Option<Buffer>, Error> {
-        if !self.bf16 || m < BF16_ROWS || op.choose(dims, Dtype::BF16, device.caps()).is_none() {
+        if !self.bf16 || m < BF16_ROWS || device.caps().batch_invariant || op.choose(dims, Dtype::BF16, device.caps()).is_none() {
             return Ok(None);
         }
         let rounded = device.alloc(2 * m * columns)?;

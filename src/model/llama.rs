@@ -15,6 +15,7 @@
 //!
 //! Work is only queued here; the host waits where logits or hidden states are read.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::checkpoint::Checkpoint;
@@ -77,6 +78,35 @@ struct Ops {
     attention: &'static OpSpec,
     swiglu: &'static OpSpec,
     add: &'static OpSpec,
+}
+
+/// One pass over m tokens: the buffers it works in, where its keys and values go and what its tokens see.
+pub(super) struct Pass<'a> {
+    /// Tokens.
+    pub m: usize,
+    /// Room for them.
+    pub work: &'a Workspace,
+    /// A layer's keys and values, f32[_, kv_heads·head_dim] each.
+    pub cache: &'a [(Buffer, Buffer)],
+    /// Rows of the caches that tokens see end below this.
+    pub rows: usize,
+    /// f32[positions, head_dim]: cosines, sines.
+    pub table: &'a Buffer,
+    /// Rows of the table.
+    pub positions: usize,
+    /// Where keys and values go, in the order of the tokens.
+    pub places: &'a [Place],
+    /// The tokens that attend first, apart from the others: one of many texts each; 0 where all attend together.
+    pub apart: usize,
+    /// Kernels may write keys and values into rows of the caches.
+    pub direct: bool,
+}
+
+/// Tokens of one text: from `row` of the pass to row `at` of the caches, `count` of them.
+pub(super) struct Place {
+    pub row: usize,
+    pub at: usize,
+    pub count: usize,
 }
 
 /// Takes rows of results as they come: the first row's index and the rows, one after the other.
@@ -171,7 +201,18 @@ impl Llama {
                 }
                 _ => Ok(()),
             };
-            self.step(session, chunk, &positions, &spans, begin, &mut observe)?;
+            let pass = Pass {
+                m,
+                work: &session.work,
+                cache: &session.cache,
+                rows: begin + m,
+                table: &session.table,
+                positions: session.capacity,
+                places: &[Place { row: 0, at: begin, count: m }],
+                apart: 0,
+                direct: session.direct,
+            };
+            self.step(&pass, chunk, &positions, &spans, &mut observe)?;
             if let Want::All(each) = &mut want {
                 self.all_logits(session, m, row0, each)?;
             }
@@ -185,7 +226,7 @@ impl Llama {
         Ok(&session.logits)
     }
 
-    fn check_ids(&self, ids: &[u32]) -> Result<(), Error> {
+    pub(super) fn check_ids(&self, ids: &[u32]) -> Result<(), Error> {
         if ids.is_empty() {
             return Err(Error::Request("there are no tokens: give at least one".into()));
         }
@@ -198,29 +239,29 @@ impl Llama {
         }
     }
 
-    /// Queues one pass over m tokens, at most a chunk: `positions` turn their queries and keys, their keys and values
-    /// go to rows `row0..row0 + m` of the caches, and token i attends to the cache rows `spans[i][0]..spans[i][1]`.
-    /// Leaves the residual stream, before the final norm, in the workspace's `x`. `observe` sees it after the
-    /// embedding (0), after layer i (i), and normed after the last.
+    /// Queues one pass: `positions` turn its queries and keys, keys and values go to its places in the caches, and
+    /// token i attends to the cache rows `spans[i][0]..spans[i][1]`. Leaves the residual stream, before the final
+    /// norm, in the workspace's `x`, and the normed one in `normed`. `observe` sees it after the embedding (0), after
+    /// layer i (i), and normed after the last.
     pub(super) fn step(
         &self,
-        session: &Session,
+        pass: &Pass,
         ids: &[u32],
         positions: &[u32],
         spans: &[[u32; 2]],
-        row0: usize,
         observe: &mut dyn FnMut(usize, &Buffer) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let (device, work, m) = (&*self.device, &session.work, ids.len());
+        let (device, work, m) = (&*self.device, pass.work, pass.m);
         device.write(&work.ids, 0, bytemuck::cast_slice(ids))?;
         device.write(&work.positions, 0, bytemuck::cast_slice(positions))?;
-        device.write(&work.spans, 0, bytemuck::cast_slice(spans))?;
+        device.write(&work.spans[0], 0, bytemuck::cast_slice(&spans[..pass.apart]))?;
+        device.write(&work.spans[1], 0, bytemuck::cast_slice(&spans[pass.apart..]))?;
 
         self.embedding.apply(device, &work.ids, &work.x, m)?;
         observe(0, &work.x)?;
         for (i, layer) in self.layers.iter().enumerate() {
-            self.attend(session, layer, &session.cache[i], m, row0)?;
-            self.feed_forward(session, layer, m)?;
+            self.attend(pass, layer, &pass.cache[i])?;
+            self.feed_forward(pass, layer)?;
             if i + 1 < self.layers.len() {
                 observe(i + 1, &work.x)?;
             }
@@ -230,61 +271,70 @@ impl Llama {
     }
 
     /// x_mid = x + attention(rmsnorm(x))·Woᵀ
-    fn attend(
-        &self,
-        session: &Session,
-        layer: &Layer,
-        cache: &(Buffer, Buffer),
-        m: usize,
-        row0: usize,
-    ) -> Result<(), Error> {
-        let (device, work) = (&*self.device, &session.work);
+    fn attend(&self, pass: &Pass, layer: &Layer, cache: &(Buffer, Buffer)) -> Result<(), Error> {
+        let (device, work, m) = (&*self.device, pass.work, pass.m);
         let Config { heads, kv_heads, head_dim, hidden, .. } = self.config;
-        let (rows, bytes) = (row0 + m, 4 * m * kv_heads * head_dim);
-        let at = 4 * row0 * kv_heads * head_dim;
+        let row = 4 * kv_heads * head_dim;
         let ([mut q, mut q_next], [mut k, mut k_next]) = (work.q.each_ref(), work.k.each_ref());
         // Where rows of the cache can be bound, rotated keys and values are written there; else they are copied.
-        let direct = session.direct.then(|| (cache.0.view(at, bytes), cache.1.view(at, bytes)));
+        let direct = match pass.places {
+            [Place { at, count, .. }] if pass.direct => {
+                Some((cache.0.view(at * row, count * row), cache.1.view(at * row, count * row)))
+            }
+            _ => None,
+        };
 
         self.rmsnorm(&work.x, &layer.attention_norm, &work.normed, m, hidden)?;
-        self.linear(work, &work.normed, &layer.q, q, m)?;
-        self.linear(work, &work.normed, &layer.k, k, m)?;
-        self.linear(work, &work.normed, &layer.v, direct.as_ref().map_or(&work.v, |direct| &direct.1), m)?;
+        self.linear(pass, &work.normed, &layer.q, q)?;
+        self.linear(pass, &work.normed, &layer.k, k)?;
+        self.linear(pass, &work.normed, &layer.v, direct.as_ref().map_or(&work.v, |direct| &direct.1))?;
         if let Some((q_norm, k_norm)) = &layer.head_norms {
             self.rmsnorm(q, q_norm, q_next, m * heads, head_dim)?;
             self.rmsnorm(k, k_norm, k_next, m * kv_heads, head_dim)?;
             ((q, q_next), (k, k_next)) = ((q_next, q), (k_next, k));
         }
-        self.rope(session, q, q_next, m, heads)?;
-        self.rope(session, k, direct.as_ref().map_or(k_next, |direct| &direct.0), m, kv_heads)?;
+        self.rope(pass, q, q_next, heads)?;
+        self.rope(pass, k, direct.as_ref().map_or(k_next, |direct| &direct.0), kv_heads)?;
         if direct.is_none() {
-            device.copy(k_next, 0, &cache.0, at, bytes)?;
-            device.copy(&work.v, 0, &cache.1, at, bytes)?;
+            for place in pass.places {
+                let (from, to, bytes) = (place.row * row, place.at * row, place.count * row);
+                device.copy(k_next, from, &cache.0, to, bytes)?;
+                device.copy(&work.v, from, &cache.1, to, bytes)?;
+            }
         }
 
         let scale = 1.0 / (head_dim as f32).sqrt();
-        let dims = self.ops.attention.dims(&[m, heads, kv_heads, head_dim, rows], &[scale]);
-        let args = [q_next, &cache.0, &cache.1, &work.spans, &work.attention];
-        device::run(device, self.ops.attention, &args, &dims)?;
-        self.linear(work, &work.attention, &layer.o, &work.delta, m)?;
+        for (range, spans) in [0..pass.apart, pass.apart..m].into_iter().zip(&work.spans) {
+            if !range.is_empty() {
+                let dims = self.ops.attention.dims(&[range.len(), heads, kv_heads, head_dim, pass.rows], &[scale]);
+                let [at, bytes] = [range.start, range.len()].map(|rows| 4 * rows * heads * head_dim);
+                let args = [&q_next.view(at, bytes), &cache.0, &cache.1, spans, &work.attention.view(at, bytes)];
+                device::run(device, self.ops.attention, &args, &dims)?;
+            }
+        }
+        self.linear(pass, &work.attention, &layer.o, &work.delta)?;
         self.add(&work.x, &work.delta, &work.x_mid, m)
     }
 
     /// x = x_mid + (silu(h·Wgateᵀ) * (h·Wupᵀ))·Wdownᵀ with h = rmsnorm(x_mid)
-    fn feed_forward(&self, session: &Session, layer: &Layer, m: usize) -> Result<(), Error> {
-        let (device, work) = (&*self.device, &session.work);
+    fn feed_forward(&self, pass: &Pass, layer: &Layer) -> Result<(), Error> {
+        let (device, work, m) = (&*self.device, pass.work, pass.m);
         self.rmsnorm(&work.x_mid, &layer.ffn_norm, &work.normed, m, self.config.hidden)?;
-        self.linear(work, &work.normed, &layer.gate, &work.gate, m)?;
-        self.linear(work, &work.normed, &layer.up, &work.up, m)?;
+        self.linear(pass, &work.normed, &layer.gate, &work.gate)?;
+        self.linear(pass, &work.normed, &layer.up, &work.up)?;
         let dims = self.ops.swiglu.dims(&[m, self.config.ffn], &[]);
         device::run(device, self.ops.swiglu, &[&work.gate, &work.up, &work.activated], &dims)?;
-        self.linear(work, &work.activated, &layer.down, &work.delta, m)?;
+        self.linear(pass, &work.activated, &layer.down, &work.delta)?;
         self.add(&work.x_mid, &work.delta, &work.x, m)
     }
 
-    /// y[m, n] = x[m, k]·Wᵀ + bias, and the adapter's term: every projection goes through here.
-    fn linear(&self, work: &Workspace, x: &Buffer, w: &Linear, y: &Buffer, m: usize) -> Result<(), Error> {
-        w.apply_adapted(&*self.device, x, &work.shrunk, y, m)
+    /// y[m, n] = x[m, k]·Wᵀ + bias, and the adapters' terms: every projection goes through here.
+    fn linear(&self, pass: &Pass, x: &Buffer, w: &Linear, y: &Buffer) -> Result<(), Error> {
+        w.apply_adapted(&*self.device, x, &pass.work.shrunk, y, pass.m)?;
+        match &w.stack {
+            Some(stack) => stack.apply(&*self.device, &w.matrix, x, &pass.work.adapter, &pass.work.shrunk, y, pass.m),
+            None => Ok(()),
+        }
     }
 
     fn rmsnorm(&self, x: &Buffer, gain: &Buffer, y: &Buffer, m: usize, k: usize) -> Result<(), Error> {
@@ -292,9 +342,9 @@ impl Llama {
         Ok(device::run(&*self.device, self.ops.rmsnorm, &[x, gain, y], &dims)?)
     }
 
-    fn rope(&self, session: &Session, x: &Buffer, y: &Buffer, m: usize, heads: usize) -> Result<(), Error> {
-        let dims = self.ops.rope.dims(&[m, heads, self.config.head_dim, session.capacity], &[]);
-        let args = [x, &session.work.positions, &session.table, y];
+    fn rope(&self, pass: &Pass, x: &Buffer, y: &Buffer, heads: usize) -> Result<(), Error> {
+        let dims = self.ops.rope.dims(&[pass.m, heads, self.config.head_dim, pass.positions], &[]);
+        let args = [x, &pass.work.positions, pass.table, y];
         Ok(device::run(&*self.device, self.ops.rope, &args, &dims)?)
     }
 
@@ -305,12 +355,21 @@ impl Llama {
 
     /// Queues the logits of `n` rows of the last pass, from `row` on, at most the head's rows.
     fn queue_logits(&self, session: &Session, row: usize, n: usize) -> Result<(), Error> {
-        let (work, row_bytes) = (&session.work, 4 * self.config.hidden);
-        if row == 0 {
-            return self.linear(work, &work.normed, &self.head, &work.logits, n);
+        self.queue_head(&session.work, &[row..row + n])
+    }
+
+    /// Queues the logits of these rows of the last pass, one range after the other, at most the head's rows.
+    pub(super) fn queue_head(&self, work: &Workspace, rows: &[Range<usize>]) -> Result<(), Error> {
+        let (device, row_bytes) = (&*self.device, 4 * self.config.hidden);
+        if let [Range { start: 0, end }] = rows {
+            return self.head.apply(device, &work.normed, &work.logits, *end);
         }
-        self.device.copy(&work.normed, row * row_bytes, &work.tail, 0, n * row_bytes)?;
-        self.linear(work, &work.tail, &self.head, &work.logits, n)
+        let mut n = 0;
+        for range in rows {
+            device.copy(&work.normed, range.start * row_bytes, &work.tail, n * row_bytes, range.len() * row_bytes)?;
+            n += range.len();
+        }
+        self.head.apply(device, &work.tail, &work.logits, n)
     }
 
     /// Reads the logits of all m rows of the last pass, the head's rows at a time; `row0` is the first one's index in

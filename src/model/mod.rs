@@ -5,6 +5,7 @@
 //! [`mod@write`] is the way back.
 
 pub mod adapter;
+pub mod batch;
 pub mod bert;
 pub mod bnb4;
 pub mod chat;
@@ -19,6 +20,7 @@ pub mod llama;
 pub mod merge;
 pub mod sampler;
 pub mod session;
+pub mod stack;
 pub mod stop;
 pub mod tokenizer;
 pub mod weights;

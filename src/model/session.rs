@@ -32,8 +32,10 @@ pub(super) struct Workspace {
     pub ids: Buffer,
     /// u32[m].
     pub positions: Buffer,
-    /// u32[m, 2].
-    pub spans: Buffer,
+    /// u32[m, 2], twice: of the tokens that attend together, and of those that do apart from them.
+    pub spans: [Buffer; 2],
+    /// i32[m]: each token's adapter among those stacked beside the weights; all the first one's in a session.
+    pub adapter: Buffer,
     /// f32[m, hidden]: the residual stream.
     pub x: Buffer,
     /// f32[m, hidden]: the residual stream after attention.
@@ -127,14 +129,16 @@ impl Session {
 }
 
 impl Workspace {
-    fn new(device: &dyn Device, config: &Config, m: usize, lora_rank: usize) -> Result<Workspace, Error> {
+    /// For passes over up to m tokens.
+    pub fn new(device: &dyn Device, config: &Config, m: usize, lora_rank: usize) -> Result<Workspace, Error> {
         let words = |columns: usize| device.alloc(4 * m * columns);
         let (hidden, ffn) = (config.hidden, config.ffn);
         let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
         Ok(Workspace {
             ids: words(1)?,
             positions: words(1)?,
-            spans: words(2)?,
+            spans: [words(2)?, words(2)?],
+            adapter: words(1)?,
             x: words(hidden)?,
             x_mid: words(hidden)?,
             normed: words(hidden)?,
@@ -151,6 +155,14 @@ impl Workspace {
             logits: device.alloc(4 * config.vocab)?,
             head_rows: 1,
         })
+    }
+
+    /// Makes room for x·Aᵀ of `m` tokens and this rank.
+    pub fn widen_shrunk(&mut self, device: &dyn Device, m: usize, rank: usize) -> Result<(), Error> {
+        if self.shrunk.bytes() < 4 * m * rank {
+            self.shrunk = device.alloc(4 * m * rank)?;
+        }
+        Ok(())
     }
 
     /// Makes room for the logits of many rows at once, on the first call for them.

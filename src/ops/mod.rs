@@ -16,6 +16,7 @@ pub mod gelu;
 mod lanes;
 pub mod layernorm;
 pub mod lora_backward;
+pub mod lora_expand;
 pub mod lora_shrink;
 pub mod mean_pool;
 pub mod qmatmul;
@@ -60,6 +61,7 @@ pub static OPS: &[&OpSpec] = &[
     &mean_pool::MEAN_POOL,
     &cast::CAST,
     &lora_shrink::LORA_SHRINK,
+    &lora_expand::LORA_EXPAND,
     &lora_backward::LORA_BACKWARD,
     &lora_backward::LORA_BACKWARD_A,
     &dropout::DROPOUT,

@@ -1,14 +1,14 @@
 //! Many clients, many adapters, one model in memory.
 //!
-//! [`job`] is what is asked of the engine; [`http`] is what clients see. Between them: [`canary`] (which model answers an
+//! [`job`] is what is asked of the [`engine`]; [`http`] is what clients see. Between them: [`canary`] (which model answers an
 //! alias), [`tally`] (how well), [`retrieval`] (passages), [`capture`] (the log), [`watch`] (drift).
 
 pub mod canary;
 pub mod capture;
+pub mod engine;
 pub mod http;
 pub mod job;
 pub mod retrieval;
-pub mod standin;
 pub mod tally;
 pub mod watch;
 

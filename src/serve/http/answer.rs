@@ -116,7 +116,7 @@ pub fn begin(server: &Server, plan: &Plan) -> Result<UnboundedReceiver<Event>, R
         adapter: plan.adapter.clone(),
         sampler: plan.sampler,
         max_tokens: plan.max_tokens,
-        stop: if plan.tell_end { Vec::new() } else { server.engine.text().stop_ids() },
+        stop: if plan.tell_end { Vec::new() } else { server.engine.text().stop_ids().to_vec() },
         logprobs: plan.logprobs,
         echo: plan.echo,
         deadline: Some(plan.deadline),

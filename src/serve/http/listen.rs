@@ -56,7 +56,7 @@ pub async fn serve(
         tokio::time::sleep(LOOK).await;
     }
     let engine = server.clone();
-    let _ = tokio::task::spawn_blocking(move || engine.engine.drain()).await; // a panic there was told already
+    let _ = tokio::task::spawn_blocking(move || engine.engine.drain(LAST_BYTES)).await; // a panic there was told already
     Ok(())
 }
 

@@ -30,7 +30,7 @@ use self::metrics::Metrics;
 use super::canary::{Canary, Observed};
 use super::capture::Capture;
 use super::retrieval::Retrieval;
-use super::standin::Engine;
+use super::engine::Engine;
 
 pub(crate) use super::random;
 
@@ -83,7 +83,7 @@ pub struct Server {
     /// Requests being answered.
     pub active: Arc<AtomicUsize>,
     /// The question's distance from the reference.
-    pub drift: Option<super::watch::Watch>,
+    pub drift: Option<Arc<super::watch::Watch>>,
 }
 
 /// A request being answered, for as long as this is kept.

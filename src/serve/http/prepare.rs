@@ -79,7 +79,7 @@ impl Server {
 
     /// Tokens that an answer may have, at most what the context leaves beside the prompt where nobody says how many.
     pub fn most_tokens(&self, asked: &Asked, prompt: usize, default: usize) -> usize {
-        let left = self.engine.room().saturating_sub(prompt).max(1);
+        let left = self.engine.text().context().saturating_sub(prompt).max(1);
         asked.max_tokens.unwrap_or(default.min(left))
     }
 
@@ -103,10 +103,10 @@ impl Server {
             frame[last].content.clear();
             let new = chat.asked.max_tokens.unwrap_or(self.limits.default_tokens);
             let spent = self.ids(&frame)?.len() + SLACK + new;
-            let budget = self.engine.room().saturating_sub(spent);
-            let tokenizer = &self.engine.text().tokenizer;
+            let budget = self.engine.text().context().saturating_sub(spent);
+            let text = self.engine.text();
             let question = &chat.messages[last].content;
-            let prompt = prompt::message(tokenizer, &Layout::default(), question, &found.passages, budget);
+            let prompt = prompt::message(&text.tokenizer, &Layout::default(), question, &found.passages, budget);
             let prompt = prompt.map_err(|error| ApiError::param("messages", error.to_string()))?;
             if prompt.used == 0 {
                 let what = "no passage fits the context beside this conversation: ask for fewer max_tokens";
@@ -116,7 +116,7 @@ impl Server {
             ready.citations = Some(citations(&found.passages[..prompt.used]));
         } else if let (Some(watch), Some(last), Some(retrieval)) = (&self.drift, last, &self.retrieval) {
             match retrieval.embed(&chat.messages[last].content) {
-                Ok(question) => watch.see(&question, &self.metrics),
+                Ok(question) => watch.see(&question),
                 Err(error) => log::warn!("drift: {error}"),
             }
         }
@@ -132,7 +132,7 @@ impl Server {
         })?;
         found.best.iter().for_each(|&best| self.metrics.scored(index, best));
         if let Some(watch) = &self.drift {
-            watch.see(&found.question, &self.metrics);
+            watch.see(&found.question);
         }
         Ok(found)
     }

@@ -103,6 +103,9 @@ async fn dispatch(
     }
     match path {
         "/metrics" => {
+            if let Some(watch) = &server.drift {
+                watch.tell(&server.metrics);
+            }
             let text = server.metrics.text(&server.engine.stats(), &server.canary);
             Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response())
         }
@@ -241,7 +244,7 @@ fn status(server: &Server) -> Value {
         "passes": stats.passes,
         "capture": server.capture.is_some(),
         "aliases": server.canary.status(),
-        "drift": server.drift.as_ref().map(super::super::watch::Watch::status),
+        "drift": server.drift.as_ref().map(|watch| watch.status()),
     })
 }
 
