@@ -13,6 +13,7 @@ pub mod npy;
 pub mod op;
 pub mod ops;
 pub mod quant;
+pub mod registry;
 pub mod retrieve;
 pub mod serve;
 pub mod tensor;

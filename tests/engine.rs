@@ -227,8 +227,7 @@ fn answers_are_those_of_generate() {
         if let Some((_, path)) = adapters.get(i) {
             model.llama.attach(&Adapter::open(path).unwrap()).unwrap();
         }
-        let options =
-            GenerateOptions { sampler: SamplerSettings::default(), max_tokens: 20, stop: vec![0, 17] };
+        let options = GenerateOptions { sampler: SamplerSettings::default(), max_tokens: 20, stop: vec![0, 17] };
         let mut session = model.session(prompt.len(), 20).unwrap();
         let mut logits = Vec::new();
         let mut keep = |id: u32, row: &[f32]| {

@@ -9,9 +9,10 @@ use handmill::model::adapter::{self, Module};
 use handmill::model::checkpoint::Checkpoint;
 use handmill::model::merge::{self, Difference};
 use handmill::quant::Format;
+use handmill::registry::Kind;
 use serde_json::json;
 
-use super::{human_bytes, note, print_json, progress, read_text, BaseFlag, Common, ModelFlag};
+use super::{human_bytes, note, print_json, progress, read_text, resolve, BaseFlag, Common, ModelFlag};
 
 /// Show a LoRA adapter, merge it into its model, or write it for llama.cpp
 #[derive(Args)]
@@ -113,8 +114,9 @@ impl Adapter {
 
 impl Info {
     fn run(&self) -> Result<()> {
-        let adapter = adapter::Adapter::open(&self.adapter)?;
+        let adapter = adapter::Adapter::open(&resolve(Kind::Adapter, &self.adapter)?)?;
         if let Some(path) = &self.model {
+            let path = &resolve(Kind::Model, path)?;
             let fits = adapter.check(&Checkpoint::open(path)?.config);
             fits.with_context(|| self.adapter.display().to_string())?;
             self.base.check(&adapter, path).with_context(|| self.adapter.display().to_string())?;
@@ -178,8 +180,9 @@ fn square_norm(module: &Module) -> f64 {
 impl Merge {
     fn run(&self) -> Result<()> {
         let device = self.common.open_device()?;
-        let adapter = adapter::Adapter::open(&self.adapter)?;
-        self.base.check(&adapter, &self.model.model).with_context(|| self.adapter.display().to_string())?;
+        let adapter = adapter::Adapter::open(&resolve(Kind::Adapter, &self.adapter)?)?;
+        let model = self.model.path()?;
+        self.base.check(&adapter, &model).with_context(|| self.adapter.display().to_string())?;
         let probe = self.text.as_ref().map(|path| read_text(path)).transpose()?;
         let format = match self.dtype {
             Dtype::F32 => Format::F32,
@@ -188,11 +191,10 @@ impl Merge {
         };
         let bar = progress(0, "values");
         let probe = probe.as_deref().unwrap_or(PROBE);
-        let merged =
-            merge::merge(&device, &self.model.model, &adapter, format, &self.out, probe, &mut |done, total| {
-                bar.set_length(total as u64);
-                bar.set_position(done as u64);
-            })?;
+        let merged = merge::merge(&device, &model, &adapter, format, &self.out, probe, &mut |done, total| {
+            bar.set_length(total as u64);
+            bar.set_position(done as u64);
+        })?;
         bar.finish_and_clear();
         if self.common.json {
             let keys = |difference: &Difference| {
@@ -230,9 +232,10 @@ impl Merge {
 
 impl Export {
     fn run(&self) -> Result<()> {
-        let adapter = adapter::Adapter::open(&self.adapter)?;
-        self.base.check(&adapter, &self.model.model).with_context(|| self.adapter.display().to_string())?;
-        let checkpoint = Checkpoint::open(&self.model.model)?;
+        let adapter = adapter::Adapter::open(&resolve(Kind::Adapter, &self.adapter)?)?;
+        let model = self.model.path()?;
+        self.base.check(&adapter, &model).with_context(|| self.adapter.display().to_string())?;
+        let checkpoint = Checkpoint::open(&model)?;
         let written = adapter.save_gguf(&self.out, &checkpoint.config);
         written.with_context(|| self.adapter.display().to_string())?;
         match self.common.json {

@@ -10,13 +10,14 @@ use clap::Args;
 use handmill::model::chat::Message;
 use handmill::model::generate::{GenerateOptions, LanguageModel};
 use handmill::model::sampler::{Sampler, SamplerSettings};
+use handmill::registry::Kind;
 use handmill::retrieve::index::{Index, PathFilter};
 use handmill::retrieve::prompt::{self, Layout};
 use serde_json::json;
 
 use super::search::{citation, hits};
 use super::{
-    note, open_embedder, open_model, peak_bytes, print_json, AdapterFlag, Common, ModelFlag, Precision, Usage,
+    note, open_embedder, open_model, peak_bytes, print_json, resolve, AdapterFlag, Common, ModelFlag, Precision, Usage,
 };
 
 /// The least score of a passage worth giving. With MiniLM over the documents of `tools/fetch_data` the best passage
@@ -95,7 +96,7 @@ impl Ask {
         let filter = self.path.as_deref().map(PathFilter::new).transpose()?;
         let device = self.common.open_device()?;
         let embedder = open_embedder(&self.embed_model, &device)?;
-        let index = Index::open(&self.index, &embedder)?;
+        let index = Index::open(&resolve(Kind::Index, &self.index)?, &embedder)?;
         let start = Instant::now();
         let mut found = index.search(&*device, &embedder, &[&self.question], self.k, filter.as_ref())?.remove(0);
         let retrieve_ms = start.elapsed().as_secs_f64() * 1e3;

@@ -7,12 +7,21 @@ use std::sync::atomic::Ordering;
 
 use anyhow::Result;
 use clap::{Args, ValueEnum};
+use handmill::compare::stages::file_sha256;
 use handmill::compare::{self, report, Config, Halt, Recipe};
 use handmill::quant::Format;
+use handmill::registry::entries::Source;
+use handmill::registry::record::Product;
+use handmill::registry::Kind;
 use handmill::train::optimizer::Schedule;
+use serde_json::Value;
 
 use self::show::Display;
-use super::{note, print_json, stop_on_interrupt, ChecksFailed, Common, Interrupted, ModelFlag, Precision, Usage};
+use super::registry::{directory, model_hash};
+use super::{
+    note, print_json, resolve, stop_on_interrupt, ChecksFailed, Common, Interrupted, ModelFlag, Precision,
+    RegisterFlag, Usage,
+};
 
 /// Fine-tune, retrieve, or both? Measured on your model, data and questions
 ///
@@ -131,6 +140,8 @@ pub struct Compare {
     #[arg(long, default_value_t = 0)]
     seed: u64,
     #[command(flatten)]
+    register: RegisterFlag,
+    #[command(flatten)]
     precision: Precision,
     #[command(flatten)]
     common: Common,
@@ -147,6 +158,7 @@ enum Quant {
 
 impl Compare {
     pub fn run(&self) -> Result<()> {
+        self.register.check(&[("", Kind::Adapter), ("-evaluation", Kind::Evaluation)])?;
         let config = self.config()?;
         let device = self.common.open_device()?;
         let stop = stop_on_interrupt()?;
@@ -165,6 +177,7 @@ impl Compare {
             }
         };
         report::write(&config.out, &outcome)?;
+        self.record(&config, &outcome.json())?;
         match self.common.json {
             true => print_json(&outcome.json())?,
             false => show::table(&config.out, &outcome)?,
@@ -177,6 +190,26 @@ impl Compare {
                 Err(ChecksFailed.into())
             }
         }
+    }
+
+    fn record(&self, config: &Config, report: &Value) -> Result<()> {
+        if directory().is_none() {
+            return Ok(());
+        }
+        let mut parents = model_hash(&config.model)?;
+        parents.push(("data".into(), file_sha256(&config.train)?));
+        let questions = ("questions".to_string(), file_sha256(&config.questions)?);
+        let (adapter, figures) = (config.out.join("adapter"), format!("{report:#}\n"));
+        let weights = ("adapter".to_string(), file_sha256(&adapter.join("adapter_model.safetensors"))?);
+        let made = |end: &str, kind, source, parents: &[(String, String)]| {
+            self.register.name(end).map(|name| Product { name, kind, source, parents: parents.to_vec() })
+        };
+        let evaluation = Source::Bytes("compare.json", figures.as_bytes());
+        let products = vec![
+            made("", Kind::Adapter, Source::Path(&adapter), &[]),
+            made("-evaluation", Kind::Evaluation, evaluation, &[weights, questions]),
+        ];
+        self.register.leave("compare", report, &parents, products)
     }
 
     fn config(&self) -> Result<Config> {
@@ -208,12 +241,12 @@ impl Compare {
         }
         let steps = self.steps as usize;
         Ok(Config {
-            model: self.model.model.clone(),
-            embed_model: self.embed_model.clone(),
-            train: self.train.clone(),
+            model: self.model.path()?,
+            embed_model: resolve(Kind::Model, &self.embed_model)?,
+            train: resolve(Kind::Dataset, &self.train)?,
             docs: self.docs.clone(),
-            questions: self.questions.clone(),
-            dev: self.dev.clone(),
+            questions: resolve(Kind::Dataset, &self.questions)?,
+            dev: self.dev.as_ref().map(|path| resolve(Kind::Dataset, path)).transpose()?,
             out: self.out.clone(),
             instruction: self.instruction.clone(),
             format: self.format.clone(),

@@ -40,13 +40,11 @@ impl Embed {
         let text = read_text(&self.lines)?;
         let lines: Vec<&str> = text.lines().collect();
         let device = self.common.open_device()?;
-        let loading = spinner(format!("loading {}", self.model.model.display()));
-        let embedder = Embedder::open(
-            &self.model.model,
-            device.clone(),
-            &LoadOptions { bf16: self.precision.bf16, ..LoadOptions::default() },
-        )
-        .context("cannot open the model (the Hugging Face directory of a BERT sentence embedder)")?;
+        let path = self.model.path()?;
+        let loading = spinner(format!("loading {}", path.display()));
+        let embedder =
+            Embedder::open(&path, device.clone(), &LoadOptions { bf16: self.precision.bf16, ..LoadOptions::default() })
+                .context("cannot open the model (the Hugging Face directory of a BERT sentence embedder)")?;
         loading.finish_and_clear();
 
         let (n, d) = (lines.len(), embedder.width());

@@ -6,10 +6,19 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use clap::Args;
 use handmill::aside;
+use handmill::compare::stages::file_sha256;
+use handmill::model::adapter::{hex, sha256};
+use handmill::registry::entries::Source;
+use handmill::registry::record::Product;
+use handmill::registry::Kind;
 use safetensors::tensor::{Dtype, TensorView};
-use serde_json::json;
+use serde_json::{json, Value};
 
-use super::{note, open_model, peak_bytes, print_json, progress, read_text, AdapterFlag, Common, ModelFlag, Precision};
+use super::registry::{directory, model_hash};
+use super::{
+    note, open_model, peak_bytes, print_json, progress, read_text, AdapterFlag, Common, ModelFlag, Precision,
+    RegisterFlag,
+};
 
 /// Measure a model's perplexity on a text
 ///
@@ -31,6 +40,8 @@ pub struct Eval {
     #[arg(long, value_name = "OUT.safetensors")]
     logprobs: Option<PathBuf>,
     #[command(flatten)]
+    register: RegisterFlag,
+    #[command(flatten)]
     precision: Precision,
     #[command(flatten)]
     common: Common,
@@ -38,6 +49,7 @@ pub struct Eval {
 
 impl Eval {
     pub fn run(&self) -> Result<()> {
+        self.register.check(&[("", Kind::Evaluation)])?;
         let text = read_text(&self.text)?;
         let device = self.common.open_device()?;
         let model = open_model(&self.model.model, &self.adapter, &self.precision, &device)?;
@@ -61,17 +73,19 @@ impl Eval {
         // Of the mean over tokens as if they were independent.
         let stderr = (squares / (count - 1.0).max(1.0) / count).sqrt();
         let tokens_per_s = ids.len() as f64 / evaluation.seconds.max(1e-9);
+        let report = json!({
+            "tokens": ids.len(),
+            "mean_nll": evaluation.mean_nll,
+            "perplexity": evaluation.perplexity,
+            "stderr_nll": stderr,
+            "tokens_per_s": tokens_per_s,
+            "text_tokens": all,
+            "device": device.id(),
+            "peak_bytes": peak_bytes(),
+        });
+        self.record(&report, text.as_bytes())?;
         if self.common.json {
-            return print_json(&json!({
-                "tokens": ids.len(),
-                "mean_nll": evaluation.mean_nll,
-                "perplexity": evaluation.perplexity,
-                "stderr_nll": stderr,
-                "tokens_per_s": tokens_per_s,
-                "text_tokens": all,
-                "device": device.id(),
-                "peak_bytes": peak_bytes(),
-            }));
+            return print_json(&report);
         }
         let mut out = io::stdout();
         writeln!(out, "tokens      {}", ids.len())?;
@@ -80,6 +94,23 @@ impl Eval {
         writeln!(out, "perplexity  {:.4} ± {spread:.4}", evaluation.perplexity)?;
         note(&format!("{tokens_per_s:.1} tokens/s on {}", device.id()));
         Ok(())
+    }
+}
+
+impl Eval {
+    fn record(&self, report: &Value, text: &[u8]) -> Result<()> {
+        if directory().is_none() {
+            return Ok(());
+        }
+        let mut parents = model_hash(&self.model.path()?)?;
+        parents.push(("text".into(), hex(&sha256(text))));
+        if let Some(adapter) = self.adapter.path()? {
+            parents.push(("adapter".into(), file_sha256(&adapter.join("adapter_model.safetensors"))?));
+        }
+        let figures = format!("{report:#}\n");
+        let source = Source::Bytes("evaluation.json", figures.as_bytes());
+        let product = |name| Product { name, kind: Kind::Evaluation, source, parents: Vec::new() };
+        self.register.leave("eval", report, &parents, vec![self.register.name("").map(product)])
     }
 }
 

@@ -15,6 +15,9 @@ use handmill::model::checkpoint::Checkpoint;
 use handmill::model::generate::LanguageModel;
 use handmill::model::weights::LoadOptions;
 use handmill::quant::Format;
+use handmill::registry::entries::Source;
+use handmill::registry::record::{self, Product};
+use handmill::registry::Kind;
 use handmill::train::begin::{begin, Tuning};
 use handmill::train::checkpoint;
 use handmill::train::data::{self, DataOptions, Encoder, OverLong};
@@ -26,7 +29,11 @@ use handmill::train::step::Plan;
 use serde_json::{json, Map, Value};
 
 use self::show::{show_profile, Display};
-use super::{note, spinner, stop_on_interrupt, BaseFlag, Common, Interrupted, ModelFlag, Precision, Usage};
+use super::registry::directory;
+use super::{
+    note, read_text, resolve, spinner, stop_on_interrupt, BaseFlag, Common, Interrupted, ModelFlag, Precision,
+    RegisterFlag, Usage,
+};
 
 /// Train a LoRA adapter on examples, over a model's weights as they are or quantized (QLoRA)
 ///
@@ -142,6 +149,8 @@ pub struct Finetune {
     #[arg(long)]
     profile: bool,
     #[command(flatten)]
+    register: RegisterFlag,
+    #[command(flatten)]
     precision: Precision,
     #[command(flatten)]
     common: Common,
@@ -175,6 +184,7 @@ struct Job {
 impl Finetune {
     pub fn run(&self) -> Result<()> {
         self.check_flags()?;
+        self.register.check(&[("", Kind::Adapter)])?;
         let _lock = if self.dry_run { None } else { Some(run::lock(&self.out)?) };
         let device = self.common.open_device()?;
         let profiled = self.profile.then(|| Arc::new(Profiled::new(device.clone())));
@@ -221,8 +231,21 @@ impl Finetune {
         self.report(&outcome)?;
         match outcome.ending {
             Ending::Interrupted => Err(Interrupted.into()),
-            _ => Ok(()),
+            _ => self.record(),
         }
+    }
+
+    /// Records the run, and the adapter where it is given a name, with what run.json says it was made from.
+    fn record(&self) -> Result<()> {
+        if directory().is_none() {
+            return Ok(());
+        }
+        let report: Value = serde_json::from_str(&read_text(&self.out.join("run.json"))?)?;
+        let keys = [("base_sha256", "base"), ("data_sha256", "data"), ("adapter_init_sha256", "init")];
+        let parents = report.as_object().map(|report| record::parents(report, &keys)).unwrap_or_default();
+        let (kind, source) = (Kind::Adapter, Source::Path(&self.out));
+        let product = |name| Product { name, kind, source, parents: Vec::new() };
+        self.register.leave("finetune", &report, &parents, vec![self.register.name("").map(product)])
     }
 
     fn check_flags(&self) -> Result<()> {
@@ -250,9 +273,11 @@ impl Finetune {
 
     /// Opens and checks everything.
     fn prepare(&self, device: &Arc<dyn Device>) -> Result<Job> {
-        let init = self.adapter_init.as_ref().map(|path| Adapter::open(path)).transpose()?;
-        if let (Some(path), Some(init)) = (&self.adapter_init, &init) {
-            self.base.check(init, &self.model.model).with_context(|| path.display().to_string())?;
+        let path = &self.model.path()?;
+        let given = self.adapter_init.as_ref().map(|path| resolve(Kind::Adapter, path)).transpose()?;
+        let init = given.as_ref().map(|path| Adapter::open(path)).transpose()?;
+        if let (Some(place), Some(init)) = (&given, &init) {
+            self.base.check(init, path).with_context(|| place.display().to_string())?;
         }
         let quant = match (self.quant, self.double_quant) {
             (Quant::None, _) => None,
@@ -261,7 +286,6 @@ impl Finetune {
             (Quant::Nf4, false) => Some(Format::Nf4),
             (Quant::Nf4, true) => Some(Format::Nf4Dq),
         };
-        let path = &self.model.model;
         let loading = spinner(format!("loading {}", path.display()));
         let base_sha256 = adapter::model_sha256(&Checkpoint::open(path)?)?;
         let options = LoadOptions { quant, bf16: self.precision.bf16, ..LoadOptions::default() };
@@ -282,8 +306,10 @@ impl Finetune {
             TokenSet::open(data, &encoder, &base_sha256, &options, cache.as_deref())
         };
         // The faults of both files at once.
-        let train = open(&self.data, "train.tokens");
-        let held_out = self.eval_data.as_ref().map(|data| open(data, "eval.tokens")).transpose();
+        let data = resolve(Kind::Dataset, &self.data)?;
+        let eval_data = self.eval_data.as_ref().map(|path| resolve(Kind::Dataset, path)).transpose()?;
+        let train = open(&data, "train.tokens");
+        let held_out = eval_data.as_ref().map(|data| open(data, "eval.tokens")).transpose();
         let (train, held_out) = match (train, held_out) {
             (Err(one), Err(other)) => anyhow::bail!("{one}\n{other}"),
             (train, held_out) => (train?, held_out?),
@@ -351,7 +377,7 @@ impl Finetune {
             init.config.dropout = self.dropout;
             return Ok(init);
         }
-        let name = self.model.model.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_os_string()));
+        let name = self.model.path()?.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_os_string()));
         let config = LoraConfig {
             r: self.r.unwrap_or(8) as usize,
             alpha: self.alpha.unwrap_or(16.0),

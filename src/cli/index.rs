@@ -8,13 +8,20 @@ use std::time::Instant;
 use anyhow::Result;
 use clap::{Args, Subcommand};
 use handmill::error::quote;
+use handmill::registry::entries::Source;
+use handmill::registry::record::Product;
+use handmill::registry::Kind;
 use handmill::retrieve::chunk::Chunking;
 use handmill::retrieve::files;
 use handmill::retrieve::index::{self, Index as Opened, Options, Progress, Report, SAVE_EVERY};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{json, Value};
 
-use super::{human_bytes, note, open_embedder, peak_bytes, print_json, stop_on_interrupt, Common, Interrupted, Usage};
+use super::registry::model_hash;
+use super::{
+    human_bytes, note, open_embedder, peak_bytes, print_json, resolve, stop_on_interrupt, Common, Interrupted,
+    RegisterFlag, Usage,
+};
 
 /// Files left out that are named one by one.
 const TOLD: usize = 20;
@@ -54,6 +61,8 @@ struct Build {
     #[arg(long, value_name = "IDX")]
     out: PathBuf,
     #[command(flatten)]
+    register: RegisterFlag,
+    #[command(flatten)]
     common: Common,
 }
 
@@ -82,8 +91,8 @@ struct Which {
 }
 
 impl Which {
-    fn path(&self) -> &Path {
-        self.at.as_deref().or(self.index.as_deref()).expect("clap asks for one of them")
+    fn path(&self) -> Result<PathBuf> {
+        resolve(Kind::Index, self.at.as_deref().or(self.index.as_deref()).expect("clap asks for one of them"))
     }
 }
 
@@ -174,8 +183,16 @@ struct Export {
 impl Index {
     pub fn run(&self) -> Result<()> {
         match &self.command {
-            Command::Build(build) => bring(&build.out, &build.files, &build.common, true),
-            Command::Add(add) => bring(add.index.path(), &add.files, &add.common, false),
+            Command::Build(build) => {
+                build.register.check(&[("", Kind::Index)])?;
+                let report = bring(&build.out, &build.files, &build.common, true)?;
+                let model = model_hash(&resolve(Kind::Model, &build.files.model)?)?;
+                let parents: Vec<_> = model.into_iter().map(|(_, hash)| ("embedder".to_string(), hash)).collect();
+                let (kind, source) = (Kind::Index, Source::InPlace(&build.out));
+                let product = |name| Product { name, kind, source, parents: Vec::new() };
+                build.register.leave("index-build", &report, &parents, vec![build.register.name("").map(product)])
+            }
+            Command::Add(add) => bring(&add.index.path()?, &add.files, &add.common, false).map(|_| ()),
             Command::Remove(remove) => remove.run(),
             Command::Info(info) => info.run(),
             Command::Compact(compact) => compact.run(),
@@ -206,7 +223,7 @@ impl Files {
     }
 }
 
-fn bring(dir: &Path, files: &Files, common: &Common, all: bool) -> Result<()> {
+fn bring(dir: &Path, files: &Files, common: &Common, all: bool) -> Result<Value> {
     let device = common.open_device()?;
     let embedder = open_embedder(&files.model, &device)?;
     let chunking = files.chunking(dir, embedder.max_tokens)?;
@@ -227,14 +244,14 @@ fn bring(dir: &Path, files: &Files, common: &Common, all: bool) -> Result<()> {
     bar.finish_and_clear();
     let report = report?;
     let seconds = start.elapsed().as_secs_f64();
-    if common.json {
-        print_json(&report_json(dir, &report, seconds, device.id()))?;
-    } else {
-        tell(dir, &report, seconds)?;
+    let object = report_json(dir, &report, seconds, device.id());
+    match common.json {
+        true => print_json(&object)?,
+        false => tell(dir, &report, seconds)?,
     }
     match report.interrupted {
         true => Err(Interrupted.into()),
-        false => Ok(()),
+        false => Ok(object),
     }
 }
 
@@ -289,7 +306,7 @@ impl Remove {
             (None, Some((dir, paths))) if !paths.is_empty() => (PathBuf::from(dir), paths),
             _ => return Err(Usage("name the index, then what to remove: paths, folders or globs".into()).into()),
         };
-        let removed = index::remove(&dir, paths)?;
+        let removed = index::remove(&resolve(Kind::Index, &dir)?, paths)?;
         if self.json {
             return print_json(&json!({"documents": removed.documents, "chunks": removed.chunks}));
         }
@@ -300,7 +317,7 @@ impl Remove {
 
 impl Info {
     fn run(&self) -> Result<()> {
-        let index = Opened::open_any(self.index.path())?;
+        let index = Opened::open_any(&self.index.path()?)?;
         if self.verify {
             index.verify()?;
         }
@@ -347,7 +364,7 @@ impl Info {
 
 impl Compact {
     fn run(&self) -> Result<()> {
-        let done = index::compact(self.index.path())?;
+        let done = index::compact(&self.index.path()?)?;
         let (before, after) = (done.bytes_before, done.bytes_after);
         if self.json {
             return print_json(&json!({"bytes_before": before, "bytes_after": after, "dead_rows": done.dead_rows}));
@@ -360,7 +377,7 @@ impl Compact {
 
 impl Export {
     fn run(&self) -> Result<()> {
-        let index = Opened::open_any(self.index.path())?;
+        let index = Opened::open_any(&self.index.path()?)?;
         let chunks = index.export(&self.out)?;
         if self.json {
             let out = self.out.display().to_string();

@@ -4,13 +4,17 @@ mod ab;
 mod adapter;
 mod ask;
 mod compare;
+mod cycle;
+mod data;
 mod doctor;
 mod embed;
 mod eval;
 mod finetune;
 mod generate;
 mod index;
+mod promote;
 mod quantize;
+mod registry;
 mod search;
 mod serve;
 mod sim;
@@ -31,9 +35,12 @@ use handmill::model::adapter as lora;
 use handmill::model::checkpoint::Checkpoint;
 use handmill::model::generate::{Embedder, LanguageModel};
 use handmill::model::weights::LoadOptions;
+use handmill::registry::Kind;
 use handmill::train::metrics::peak_bytes;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
+
+use self::registry::{resolve, RegisterFlag};
 
 /// Quantized language models on hand-written kernels, with the measurements beside them.
 ///
@@ -43,6 +50,9 @@ use serde_json::Value;
 #[derive(Parser)]
 #[command(name = "handmill", version, max_term_width = 100, arg_required_else_help = true)]
 struct Cli {
+    /// The registry in which names are looked up, given where paths are [default: $HANDMILL_REGISTRY]
+    #[arg(long, global = true, value_name = "DIR")]
+    registry: Option<PathBuf>,
     #[command(subcommand)]
     command: Command,
 }
@@ -64,6 +74,11 @@ enum Command {
     Ask(Box<ask::Ask>),
     Serve(Box<serve::Serve>),
     Ab(ab::Ab),
+    Registry(registry::Registry),
+    Promote(Box<promote::Promote>),
+    Rollback(promote::Rollback),
+    Data(data::Data),
+    Cycle(Box<cycle::Cycle>),
 }
 
 /// Flags of every command.
@@ -106,6 +121,7 @@ pub fn main() -> ExitCode {
             return ExitCode::from(message.exit_code() as u8);
         }
     };
+    registry::set(cli.registry);
     let result = match cli.command {
         Command::Doctor(command) => command.run(),
         Command::Verify(command) => command.run(),
@@ -122,6 +138,11 @@ pub fn main() -> ExitCode {
         Command::Ask(command) => command.run(),
         Command::Serve(command) => command.run(),
         Command::Ab(command) => command.run(),
+        Command::Registry(command) => command.run(),
+        Command::Promote(command) => command.run(),
+        Command::Rollback(command) => command.run(),
+        Command::Data(command) => command.run(),
+        Command::Cycle(command) => command.run(),
     };
     let Err(error) = result.and_then(|()| Ok(io::stdout().flush()?)) else {
         return ExitCode::SUCCESS;
@@ -167,7 +188,9 @@ fn open_model(
     precision: &Precision,
     device: &Arc<dyn Device>,
 ) -> Result<LanguageModel> {
-    let adapter = flag.adapter.as_ref().map(|path| Ok::<_, anyhow::Error>((path, lora::Adapter::open(path)?)));
+    let model_path = &resolve(Kind::Model, model_path)?;
+    let adapter = flag.path()?;
+    let adapter = adapter.map(|path| Ok::<_, anyhow::Error>((lora::Adapter::open(&path)?, path)));
     let adapter = adapter.transpose().context("cannot open the adapter (a PEFT directory)")?;
     let spinner = spinner(format!("loading {}", model_path.display()));
     let mut model = LanguageModel::open(
@@ -176,7 +199,7 @@ fn open_model(
         &LoadOptions { bf16: precision.bf16, ..LoadOptions::default() },
     )
     .context("cannot open the model (a .gguf file or a Hugging Face directory)")?;
-    if let Some((path, adapter)) = adapter {
+    if let Some((adapter, path)) = adapter {
         flag.base.check(&adapter, model_path).with_context(|| path.display().to_string())?;
         model.llama.attach(&adapter).with_context(|| path.display().to_string())?;
     }
@@ -186,6 +209,7 @@ fn open_model(
 
 /// Opens an embedding model, saying on stderr what it does meanwhile.
 fn open_embedder(path: &Path, device: &Arc<dyn Device>) -> Result<Embedder> {
+    let path = &resolve(Kind::Model, path)?;
     let spinner = spinner(format!("loading {}", path.display()));
     let embedder = Embedder::open(path, device.clone(), &LoadOptions::default())
         .context("cannot open the embedding model (the Hugging Face directory of a BERT sentence embedder)")?;
@@ -269,6 +293,13 @@ struct BaseFlag {
     any_base: bool,
 }
 
+impl AdapterFlag {
+    /// Where the adapter is.
+    fn path(&self) -> Result<Option<PathBuf>> {
+        self.adapter.as_ref().map(|path| resolve(Kind::Adapter, path)).transpose()
+    }
+}
+
 impl BaseFlag {
     /// Refuses an adapter of another base.
     fn check(&self, adapter: &lora::Adapter, model: &Path) -> Result<()> {
@@ -293,4 +324,11 @@ struct ModelFlag {
     /// A .gguf file or a Hugging Face directory
     #[arg(long, value_name = "MODEL")]
     model: PathBuf,
+}
+
+impl ModelFlag {
+    /// Where the model is.
+    fn path(&self) -> Result<PathBuf> {
+        resolve(Kind::Model, &self.model)
+    }
 }

@@ -8,9 +8,13 @@ use anyhow::Result;
 use clap::{Args, ValueEnum};
 use handmill::model::checkpoint::Checkpoint;
 use handmill::model::write::{self, Quantized, Target, TensorReport};
+use handmill::registry::entries::Source;
+use handmill::registry::record::Product;
+use handmill::registry::Kind;
 use serde_json::json;
 
-use super::{human_bytes, note, print_json, progress, Common, ModelFlag, Usage};
+use super::registry::model_hash;
+use super::{human_bytes, note, print_json, progress, Common, ModelFlag, RegisterFlag, Usage};
 
 /// Write a model in 8 or 4 bits, read it back, and report the error of every tensor
 ///
@@ -31,6 +35,8 @@ pub struct Quantize {
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     #[command(flatten)]
+    register: RegisterFlag,
+    #[command(flatten)]
     common: Common,
 }
 
@@ -50,22 +56,29 @@ impl Quantize {
             (Word::Nf4, true) => Target::Nf4Dq,
             _ => return Err(Usage("--double-quant goes with --format nf4".into()).into()),
         };
+        self.register.check(&[("", Kind::Model)])?;
         // Encoding runs on the host; a device that is not there is an error here as everywhere.
         self.common.open_device()?;
-        let checkpoint = Checkpoint::open(&self.model.model)?;
+        let path = self.model.path()?;
+        let checkpoint = Checkpoint::open(&path)?;
         let bar = progress(0, "values");
         let quantized = write::quantize(&checkpoint, target, &self.out, &mut |done, total| {
             bar.set_length(total as u64);
             bar.set_position(done as u64);
         })?;
         bar.finish_and_clear();
+        let report = json!({
+            "bytes_before": quantized.bytes_before,
+            "bytes_after": quantized.bytes_after,
+            "path": quantized.path.display().to_string(),
+            "tensors": quantized.tensors.iter().map(tensor_json).collect::<Vec<_>>(),
+        });
+        let parents: Vec<_> = model_hash(&path)?.into_iter().map(|(_, hash)| ("original".to_string(), hash)).collect();
+        let (kind, source) = (Kind::Model, Source::Path(&quantized.path));
+        let product = |name| Product { name, kind, source, parents: Vec::new() };
+        self.register.leave("quantize", &report, &parents, vec![self.register.name("").map(product)])?;
         match self.common.json {
-            true => print_json(&json!({
-                "bytes_before": quantized.bytes_before,
-                "bytes_after": quantized.bytes_after,
-                "path": quantized.path.display().to_string(),
-                "tensors": quantized.tensors.iter().map(tensor_json).collect::<Vec<_>>(),
-            })),
+            true => print_json(&report),
             false => print(&quantized),
         }
     }

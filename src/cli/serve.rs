@@ -374,11 +374,11 @@ impl Serve {
         let place = || format!("--drift-reference {}", path.display());
         let rows = match path.extension().is_some_and(|end| end == "npy") {
             true => {
-                let array = handmill::npy::Array::open(path).with_context(place)?;
+                let array = handmill::npy::Array::open::<f32>(path).with_context(place)?;
                 if array.shape.len() != 2 || array.shape[1] != d {
                     anyhow::bail!("{}: has the shape {:?}; vectors of {d} numbers are wanted", place(), array.shape);
                 }
-                array.f32().with_context(place)?.to_vec()
+                array.to_vec::<f32>()
             }
             false => {
                 let (text, mut questions) = (super::read_text(path)?, Vec::new());

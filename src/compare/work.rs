@@ -30,10 +30,10 @@ use crate::train::metrics::{peak_bytes, reset_peak};
 use crate::train::run;
 
 /// Tokens of the unrelated text that are read at most, in windows of so many.
-const RETENTION_TOKENS: usize = 4096;
+pub(crate) const RETENTION_TOKENS: usize = 4096;
 const WINDOW: usize = 512;
 /// Tokens of a stretch of it: they are drawn together.
-const STRETCH: usize = 32;
+pub(crate) const STRETCH: usize = 32;
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Retrieved {
@@ -532,7 +532,7 @@ impl Work<'_> {
 }
 
 /// -log p of every token of a text but the first of each window.
-fn losses(model: &LanguageModel, ids: &[u32]) -> Result<Vec<f64>, Error> {
+pub(crate) fn losses(model: &LanguageModel, ids: &[u32]) -> Result<Vec<f64>, Error> {
     let window = WINDOW.min(model.llama.config.max_positions);
     let mut all = Vec::with_capacity(ids.len());
     for window in ids.chunks(window).filter(|window| window.len() > 1) {

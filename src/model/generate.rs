@@ -251,11 +251,7 @@ pub(crate) fn prompt_ids(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>, 
 }
 
 /// [`LanguageModel::chat_ids`].
-pub(crate) fn chat_ids(
-    tokenizer: &Tokenizer,
-    template: Option<&str>,
-    messages: &[Message],
-) -> Result<Vec<u32>, Error> {
+pub(crate) fn chat_ids(tokenizer: &Tokenizer, template: Option<&str>, messages: &[Message]) -> Result<Vec<u32>, Error> {
     let Some(template) = template else {
         return Err(Error::Request("this model has no chat template: give it a plain prompt".into()));
     };

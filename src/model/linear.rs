@@ -197,7 +197,11 @@ impl Linear {
         columns: usize,
         dims: &Dims,
     ) -> Result<Option<Buffer>, Error> {
-        if !self.bf16 || m < BF16_ROWS || device.caps().batch_invariant || op.choose(dims, Dtype::BF16, device.caps()).is_none() {
+        if !self.bf16
+            || m < BF16_ROWS
+            || device.caps().batch_invariant
+            || op.choose(dims, Dtype::BF16, device.caps()).is_none()
+        {
             return Ok(None);
         }
         let rounded = device.alloc(2 * m * columns)?;

@@ -33,6 +33,7 @@ use super::chunk::Chunking;
 use super::topk::{self, Corpus, Rows};
 use crate::device::Device;
 use crate::error::{quote, Error};
+use crate::model::adapter::{hex, sha256};
 use crate::model::generate::Embedder;
 
 /// Tries to open a state whose segments another process removes meanwhile.
@@ -194,6 +195,22 @@ impl Index {
             let paths = query.query_map([], |row| row.get(0))?;
             paths.collect()
         })
+    }
+
+    /// SHA-256 in hexadecimal of what the index holds: the model's hash, how documents are cut, and every document's
+    /// path and hash. Compaction does not change it.
+    pub fn fingerprint(&self) -> Result<String, Error> {
+        let Meta { model_hash, d, chunking } = &self.meta;
+        let mut text = format!("{model_hash} {d} {chunking:?}\n");
+        self.database().with(|connection| {
+            let mut query = connection.prepare("SELECT path, hex(hash) FROM documents ORDER BY path")?;
+            let mut rows = query.query([])?;
+            while let Some(row) = rows.next()? {
+                text += &format!("{}  {:?}\n", row.get::<_, String>(1)?, row.get::<_, String>(0)?);
+            }
+            Ok(())
+        })?;
+        Ok(hex(&sha256(text.as_bytes())))
     }
 
     /// Reads everything and checks it: the database's pages, every segment's bytes, and that each row in use has its

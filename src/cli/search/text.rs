@@ -7,10 +7,11 @@ use std::time::Instant;
 use anyhow::Result;
 use clap::Args;
 use handmill::error::quote;
+use handmill::registry::Kind;
 use handmill::retrieve::index::{Index, Passage, PathFilter};
 use serde_json::{json, Value};
 
-use crate::cli::{open_embedder, print_json, Common, Usage};
+use crate::cli::{open_embedder, print_json, resolve, Common, Usage};
 
 /// Flags of a search by text.
 #[derive(Args)]
@@ -45,7 +46,7 @@ impl Text {
         let filter = self.path.as_deref().map(PathFilter::new).transpose()?;
         let device = common.open_device()?;
         let embedder = open_embedder(model, &device)?;
-        let index = Index::open(index, &embedder)?;
+        let index = Index::open(&resolve(Kind::Index, index)?, &embedder)?;
         let start = Instant::now();
         let found = index.search(&*device, &embedder, &[query], k, filter.as_ref())?;
         let ms = start.elapsed().as_secs_f64() * 1e3;

@@ -159,7 +159,8 @@ impl Worker {
                 return self.room.give_back(rows);
             }
         };
-        let echo = if job.echo { vec![Token { id: job.prompt[0], logprob: None, top: Vec::new() }] } else { Vec::new() };
+        let echo =
+            if job.echo { vec![Token { id: job.prompt[0], logprob: None, top: Vec::new() }] } else { Vec::new() };
         self.running.push(Running {
             job,
             adapter,

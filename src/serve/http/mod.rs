@@ -29,8 +29,8 @@ use serde_json::Value;
 use self::metrics::Metrics;
 use super::canary::{Canary, Observed};
 use super::capture::Capture;
-use super::retrieval::Retrieval;
 use super::engine::Engine;
+use super::retrieval::Retrieval;
 
 pub(crate) use super::random;
 

@@ -1,0 +1,236 @@
+//! What is registered comes back as it was, is found by its name, and is told of when it is not what it was.
+
+use std::fs;
+
+use handmill::model::adapter::{LoraConfig, TARGETS};
+use handmill::model::checkpoint::Checkpoint;
+use handmill::registry::entries::{New, Source};
+use handmill::registry::{Kind, Registry};
+use handmill::train::parameters;
+
+use super::*;
+
+/// Writes an adapter for the tiny model.
+pub fn adapter(dir: &Path, seed: u64, base: &str) {
+    let config = Checkpoint::open(model()).unwrap().config;
+    let lora = LoraConfig {
+        r: 4,
+        alpha: 8.0,
+        rslora: false,
+        dropout: 0.0,
+        targets: TARGETS.iter().map(|target| target.0).collect(),
+        base: Some("tiny".into()),
+    };
+    let mut adapter = parameters::fresh(&config, lora, seed);
+    adapter.base_sha256 = Some(base.into());
+    adapter.save(dir).unwrap();
+}
+
+#[test]
+fn versions_aliases_tags_and_lineage_go_round() {
+    let place = Place::new();
+    let base = place.json(&["registry", "add", "Tiny", str(model())]);
+    assert_eq!((base["version"].as_i64(), base["kind"].as_str()), (Some(1), Some("model")), "{base}");
+    let rows = place.file("rows.jsonl", "{\"text\":\"a\"}\n");
+    let data = place.json(&["registry", "add", "rows", str(&rows), "--tag", "source=hand"]);
+    let identity = base["identity"].as_str().unwrap();
+    adapter(&place.path("one"), 1, identity);
+    let parent = ["--parent", "data=rows@1", "--alias", "champion"];
+    let one = place.json(&[&["registry", "add", "support", str(&place.path("one"))][..], &parent].concat());
+    assert_eq!(one["aliases"][0], "champion");
+    let parents: Vec<(&str, &str)> = (one["parents"].as_array().unwrap().iter())
+        .map(|parent| (parent["role"].as_str().unwrap(), parent["name"].as_str().unwrap()))
+        .collect();
+    assert_eq!(parents, [("base", "Tiny"), ("data", "rows")], "the base is what the adapter's own file says");
+
+    // The same bytes are the same version; others are the next; the version's number is never given twice.
+    let again = place.json(&["registry", "add", "SUPPORT", str(&place.path("one"))]);
+    assert_eq!((&again["version"], &again["added"], &again["name"]), (&one["version"], &false.into(), &one["name"]));
+    adapter(&place.path("two"), 2, identity);
+    let two = place.json(&["registry", "add", "support", str(&place.path("two"))]);
+    assert_eq!(two["version"], 2);
+    place.json(&["registry", "remove", "support@2"]);
+    assert_eq!(place.json(&["registry", "add", "support", str(&place.path("two"))])["version"], 3);
+
+    // The source may change: what was registered does not.
+    fs::write(&rows, "{\"text\":\"b\"}\n").unwrap();
+    assert_eq!(place.json(&["registry", "verify"])["damage"], serde_json::json!([]));
+    place.json(&["registry", "export", "rows@1", str(&place.path("out"))]);
+    assert_eq!(fs::read_to_string(place.path("out/rows.jsonl")).unwrap(), "{\"text\":\"a\"}\n");
+    place.json(&["registry", "export", "support@champion", str(&place.path("adapter"))]);
+    for name in ["adapter_config.json", "adapter_model.safetensors"] {
+        assert_eq!(
+            fs::read(place.path("adapter").join(name)).unwrap(),
+            fs::read(place.path("one").join(name)).unwrap()
+        );
+    }
+    assert!(place.fails(&["registry", "export", "rows", str(&place.path("out"))]).contains("not empty"));
+
+    let tree = place.json(&["registry", "lineage", "rows"]);
+    assert_eq!(tree["descendants"][0]["name"], "support");
+    let tree = place.json(&["registry", "lineage", "support@1"]);
+    assert_eq!(tree["ancestors"].as_array().unwrap().len(), 2);
+    assert_eq!(data["tags"]["source"], "hand");
+    assert_eq!(place.lines(&["registry", "list", "--kind", "dataset", "--tag", "source=hand"]).len(), 1);
+    assert_eq!(place.lines(&["registry", "list", "--tag", "source=other"]).len(), 0);
+    place.json(&["registry", "tag", "rows", "source", "n=1"]);
+    assert_eq!(place.json(&["registry", "show", "rows"])["tags"], serde_json::json!({"n": "1"}));
+
+    // What an alias or lineage holds stays; the rest goes, and its bytes with the next collection.
+    assert!(place.fails(&["registry", "remove", "support@1"]).contains("champion"));
+    assert!(place.fails(&["registry", "remove", "rows@1"]).contains("support@1 was made from"));
+    assert!(place.fails(&["registry", "remove", "support"]).contains("support@3"));
+    assert_eq!(place.json(&["registry", "gc"])["blobs"], 0);
+    place.json(&["registry", "remove", "support@3"]);
+    let gone = place.json(&["registry", "gc"]);
+    assert_eq!((&gone["blobs"], &gone["trees"]), (&1.into(), &1.into()), "its config is another version's too: {gone}");
+    assert_eq!(place.json(&["registry", "verify"])["damage"], serde_json::json!([]));
+}
+
+#[test]
+fn names_stand_wherever_paths_do() {
+    let place = Place::new();
+    let base = place.json(&["registry", "add", "tiny", str(model())]);
+    let text = place.file("text.txt", "the mill stands at the river, in the north.");
+    let eval = |args: &[&str]| place.json(&[&["eval", "--text", str(&text), "--device", "cpu"], args].concat());
+    let plain = eval(&["--model", str(model())]);
+    assert_eq!(eval(&["--model", "tiny@latest"])["mean_nll"], plain["mean_nll"]);
+    adapter(&place.path("fresh"), 1, base["identity"].as_str().unwrap());
+    place.json(&["registry", "add", "support", str(&place.path("fresh")), "--alias", "candidate"]);
+    // B of a fresh adapter is zero.
+    assert_eq!(eval(&["--model", "tiny", "--adapter", "support@candidate"])["mean_nll"], plain["mean_nll"]);
+
+    let error = place.fails(&["eval", "--model", "tiny2", "--text", str(&text)]);
+    assert!(
+        error.contains("no file or directory") && error.contains("has no such model (its model names: tiny)"),
+        "{error}"
+    );
+    let error = place.fails(&["eval", "--model", "support", "--text", str(&text)]);
+    assert!(error.contains("support is of kind adapter"), "{error}");
+    let error = place.fails(&["eval", "--model", "no/such/model", "--text", str(&text)]);
+    assert!(error.contains("no/such/model") && !error.contains("registry"), "{error}");
+
+    // An adapter of another base is refused, both hashes said.
+    let other = "ab".repeat(32);
+    adapter(&place.path("other"), 1, &other);
+    place.json(&["registry", "add", "support", str(&place.path("other"))]);
+    let error = place.fails(&["eval", "--model", "tiny", "--adapter", "support", "--text", str(&text)]);
+    let hash = base["identity"].as_str().unwrap();
+    assert!(error.contains(&other[..12]) && error.contains(&hash[..12]), "{error}");
+}
+
+#[test]
+fn hostile_names_paths_and_bytes_are_refused() {
+    let place = Place::new();
+    let rows = place.file("rows.jsonl", "{\"text\":\"a\"}\n");
+    for name in ["../x", "a/b", "..", "", ".x", "a b", "x@1", "ü", &"x".repeat(97)] {
+        let error = place.fails(&["registry", "add", name, str(&rows)]);
+        assert!(error.contains("cannot be a name"), "{name}: {error}");
+    }
+    // A name with NUL cannot be an argument; the library refuses it as well.
+    let registry = Registry::create(&place.registry()).unwrap();
+    assert!(registry.add(&New::of("a\0b", Kind::Dataset, Source::Path(&rows))).is_err());
+    for file in ["../x", "/x", "a/../b", "a\0b", "", "a//b", "a\\b"] {
+        let error = registry.add(&New::of("x", Kind::Run, Source::Bytes(file, b"x"))).err().map(|e| e.to_string());
+        assert!(error.as_ref().is_some_and(|error| error.contains("no path inside")), "{file:?}: {error:?}");
+    }
+    assert!(registry.list(None, None).unwrap().is_empty(), "nothing was added");
+
+    place.json(&["registry", "add", "rows", str(&rows)]);
+    for alias in ["3", "latest", "a/b", ""] {
+        assert!(place.fails(&["registry", "alias", "rows", alias]).contains("cannot be an alias"));
+    }
+    assert!(place.fails(&["registry", "add", "ROWS", str(model())]).contains("is the name of a dataset"));
+    assert!(place.fails(&["registry", "add", "x", "/no/such/file.jsonl"]).contains("/no/such/file.jsonl"));
+    assert!(place.fails(&["registry", "add", "x", str(&place.file("x.bin", "x"))]).contains("--kind"));
+    let error = place.fails(&["registry", "add", "x", str(&rows), "--kind", "model"]);
+    assert!(error.contains("rows.jsonl"), "{error}");
+    let error = place.fails(&["registry", "add", "x", str(&rows), "--parent", "base=zz"]);
+    assert!(error.contains("has no zz"), "{error}");
+    #[cfg(unix)]
+    {
+        // A folder that links to its own parent.
+        fs::create_dir(place.path("loop")).unwrap();
+        std::os::unix::fs::symlink(place.path("loop"), place.path("loop/again")).unwrap();
+        let error = place.fails(&["registry", "add", "x", str(&place.path("loop")), "--kind", "dataset"]);
+        assert!(error.contains("link to a folder"), "{error}");
+    }
+    // Neither a registry nor its database.
+    fs::create_dir(place.path("none")).unwrap();
+    let error = place.fails(&["registry", "list", "--registry", str(&place.path("none"))]);
+    assert!(error.contains("is no registry"), "{error}");
+    place.file("bad/registry.sqlite", "this is no database at all, but a text of some length");
+    let error = place.fails(&["registry", "list", "--registry", str(&place.path("bad"))]);
+    assert!(error.contains("registry.sqlite"), "{error}");
+}
+
+#[test]
+fn a_flipped_byte_is_found_with_its_file_and_entry() {
+    let place = Place::new();
+    place.json(&["registry", "add", "rows", str(&place.file("rows.jsonl", "{\"text\":\"a\"}\n"))]);
+    place.json(&["registry", "add", "tiny", str(model()), "--in-place"]);
+    adapter(&place.path("one"), 1, &"ab".repeat(32));
+    place.json(&["registry", "add", "support", str(&place.path("one"))]);
+    assert_eq!(place.json(&["registry", "verify"])["entries"], 3);
+    for entry in ["rows", "support"] {
+        let shown = place.json(&["registry", "show", entry]);
+        for file in shown["files"].as_array().unwrap() {
+            let hash = file["sha256"].as_str().unwrap();
+            let blob = place.registry().join("blobs").join(&hash[..2]).join(hash);
+            let whole = fs::read(&blob).unwrap();
+            let mut flipped = whole.clone();
+            flipped[whole.len() / 2] ^= 1;
+            // In place, as a failing disk does it.
+            let mut permissions = fs::metadata(&blob).unwrap().permissions();
+            #[allow(clippy::permissions_set_readonly_false)] // of a file in a folder of this test's own
+            permissions.set_readonly(false);
+            fs::set_permissions(&blob, permissions).unwrap();
+            fs::write(&blob, flipped).unwrap();
+            let run = place.run(&["registry", "verify", "--json"]);
+            let damage = &run.object()["damage"];
+            assert_eq!((run.code, damage.as_array().unwrap().len()), (1, 1), "{damage}");
+            assert!(damage[0]["entry"].as_str().unwrap().starts_with(entry), "{damage}");
+            assert!(damage[0]["file"].as_str().unwrap().contains(hash), "{damage}");
+            let error = place.fails(&["registry", "export", entry, str(&place.path(&format!("out-{hash}")))]);
+            assert!(error.contains("damaged"), "{error}");
+            fs::write(&blob, whole).unwrap();
+        }
+    }
+    assert_eq!(place.run(&["registry", "verify"]).code, 0);
+}
+
+#[test]
+fn models_on_the_machine_are_found_and_stay_where_they_are() {
+    let place = Place::new();
+    let snapshot = place.path("hub/models--Org--Tiny-1B/snapshots/0123abcd");
+    let blobs = place.path("hub/models--Org--Tiny-1B/blobs");
+    fs::create_dir_all(&snapshot).unwrap();
+    fs::create_dir_all(&blobs).unwrap();
+    for file in fs::read_dir(model()).unwrap().map(|file| file.unwrap().path()) {
+        let name = file.file_name().unwrap().to_str().unwrap();
+        fs::copy(&file, blobs.join(name)).unwrap();
+        #[cfg(unix)]
+        std::os::unix::fs::symlink(format!("../../blobs/{name}"), snapshot.join(name)).unwrap();
+        #[cfg(not(unix))]
+        fs::copy(&file, snapshot.join(name)).unwrap();
+    }
+    place.file("hub/models--Org--Empty/snapshots/1/readme.txt", "nothing");
+    place.file("hub/models--Org--Broken/snapshots/1/config.json", "{}");
+    place.file("models/other/x.gguf", "GGUF, but no more");
+    let flags = ["--hub", str(&place.path("hub")), "--folder", str(&place.path("models"))].map(str::to_string);
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    let found = place.lines(&[&["registry", "scan"], &flags[..]].concat());
+    assert_eq!(found.len(), 3, "{found:?}");
+    let tiny = found.iter().find(|one| one["name"] == "tiny-1b").unwrap();
+    assert_eq!(tiny["metadata"]["origin"], "Org/Tiny-1B@0123abcd");
+    assert_eq!(found.iter().filter(|one| one["error"].is_string()).count(), 2, "{found:?}");
+    let shown = place.json(&["registry", "show", "tiny-1b"]);
+    assert_eq!(fs::canonicalize(shown["path"].as_str().unwrap()).unwrap(), fs::canonicalize(&snapshot).unwrap());
+    assert!(!place.registry().join("blobs").exists(), "nothing was copied");
+    let again = place.lines(&[&["registry", "scan"], &flags[..]].concat());
+    assert_eq!(again.iter().find(|one| one["name"] == "tiny-1b").unwrap()["version"], 1);
+    let text = place.file("text.txt", "the mill stands at the river.");
+    place.json(&["eval", "--model", "tiny-1b", "--text", str(&text), "--device", "cpu"]);
+    fs::write(blobs.join("config.json"), "{}").unwrap();
+    assert_eq!(place.run(&["registry", "verify"]).code, 1);
+}
