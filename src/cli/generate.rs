@@ -10,6 +10,7 @@ use handmill::device::invariant::invariant;
 use handmill::model::chat::Message;
 use handmill::model::generate::{Ending, GenerateOptions, Generated, LanguageModel};
 use handmill::model::sampler::{self, Sampler, SamplerSettings};
+use handmill::model::stop::StopText;
 use serde_json::json;
 
 use super::{
@@ -114,7 +115,7 @@ impl Generate {
 
         let options = GenerateOptions { sampler: settings, max_tokens: self.max_tokens, stop: model.stop_ids() };
         let mut session = model.session(prompt_ids.len(), self.max_tokens)?;
-        let (mut text, mut top_logits, mut failed) = (Text::new(&self.stop), None, None);
+        let (mut text, mut top_logits, mut failed) = (StopText::new(&self.stop), None, None);
         let mut decoder = model.tokenizer.decoder(true);
         let mut on_token = |id: u32, logits: &[f32]| {
             if let (None, Some(count)) = (&top_logits, self.top_logits) {
@@ -209,85 +210,5 @@ fn ending(ending: Ending) -> &'static str {
         Ending::MaxTokens => "max-tokens",
         Ending::Context => "the context's end",
         Ending::Caller => "a stop text",
-    }
-}
-
-/// Text as it comes, held back where it may be the beginning of a stop text.
-struct Text<'a> {
-    stop: &'a [String],
-    /// All text, up to the stop text.
-    whole: String,
-    /// Bytes of it that were given out.
-    shown: usize,
-    ended: bool,
-}
-
-impl<'a> Text<'a> {
-    fn new(stop: &'a [String]) -> Text<'a> {
-        Text { stop, whole: String::new(), shown: 0, ended: false }
-    }
-
-    /// Adds a piece; gives what can be shown now, and whether a stop text was met.
-    fn push(&mut self, piece: &str) -> (String, bool) {
-        self.whole.push_str(piece);
-        if let Some(at) = self.stop.iter().filter_map(|stop| self.whole[self.shown..].find(stop.as_str())).min() {
-            self.whole.truncate(self.shown + at);
-            self.ended = true;
-            return (self.rest(), true);
-        }
-        let held = self.stop.iter().map(|stop| overlap(&self.whole[self.shown..], stop)).max().unwrap_or(0);
-        let ready = self.whole[self.shown..self.whole.len() - held].to_string();
-        self.shown += ready.len();
-        (ready, false)
-    }
-
-    /// What was held back.
-    fn rest(&mut self) -> String {
-        let rest = self.whole[self.shown..].to_string();
-        self.shown = self.whole.len();
-        rest
-    }
-}
-
-/// Bytes at the end of `text` that begin `stop`.
-fn overlap(text: &str, stop: &str) -> usize {
-    let cuts = stop.char_indices().map(|(at, _)| at).rev();
-    cuts.into_iter().find(|&len| text.ends_with(&stop[..len])).unwrap_or(0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn stop_texts_are_never_shown_and_nothing_else_is_lost() {
-        let stop = ["END".to_string(), "\n\n".to_string()];
-        let run = |pieces: &[&str]| {
-            let mut text = Text::new(&stop);
-            let mut shown = String::new();
-            for piece in pieces {
-                let (ready, ended) = text.push(piece);
-                shown += &ready;
-                if ended {
-                    break;
-                }
-            }
-            shown += &text.rest();
-            assert_eq!(shown, text.whole);
-            (shown, text.ended)
-        };
-        assert_eq!(run(&["a", "E", "N", "x"]), ("aENx".to_string(), false));
-        assert_eq!(run(&["a", "E", "N", "D", "x"]), ("a".to_string(), true));
-        assert_eq!(run(&["one\n", "\ntwo"]), ("one".to_string(), true));
-        assert_eq!(run(&["EEN", "DEND"]), ("E".to_string(), true));
-        assert_eq!(run(&["ü\n", "é", "EN"]), ("ü\néEN".to_string(), false));
-    }
-
-    #[test]
-    fn what_may_begin_a_stop_text_waits() {
-        let stop = ["stop".to_string()];
-        let mut text = Text::new(&stop);
-        assert_eq!(text.push("a st"), ("a ".to_string(), false));
-        assert_eq!(text.push("a"), ("sta".to_string(), false));
     }
 }

@@ -1,5 +1,6 @@
 //! Commands: their flags and what they print. Results go to stdout, everything else to stderr.
 
+mod ab;
 mod adapter;
 mod ask;
 mod bench;
@@ -16,6 +17,7 @@ mod promote;
 mod quantize;
 mod registry;
 mod search;
+mod serve;
 mod sim;
 mod sim_trace;
 mod verify;
@@ -72,6 +74,8 @@ enum Command {
     Index(index::Index),
     Search(Box<search::Search>),
     Ask(Box<ask::Ask>),
+    Serve(Box<serve::Serve>),
+    Ab(ab::Ab),
     Registry(registry::Registry),
     Promote(Box<promote::Promote>),
     Rollback(promote::Rollback),
@@ -135,6 +139,8 @@ pub fn main() -> ExitCode {
         Command::Index(command) => command.run(),
         Command::Search(command) => command.run(),
         Command::Ask(command) => command.run(),
+        Command::Serve(command) => command.run(),
+        Command::Ab(command) => command.run(),
         Command::Registry(command) => command.run(),
         Command::Promote(command) => command.run(),
         Command::Rollback(command) => command.run(),

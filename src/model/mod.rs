@@ -21,6 +21,7 @@ pub mod merge;
 pub mod sampler;
 pub mod session;
 pub mod stack;
+pub mod stop;
 pub mod tokenizer;
 pub mod weights;
 pub mod write;

@@ -315,6 +315,16 @@ impl Tokenizer {
         added.map(|t| t.content.clone()).or_else(|| self.inner.get_model().id_to_token(id))
     }
 
+    /// The bytes that a token stands for, special ones as they are written. An id that no token has is an error.
+    pub fn bytes(&self, id: u32) -> Result<Vec<u8>, Error> {
+        if !self.byte_level {
+            return Ok(self.decode(&[id], false)?.into_bytes());
+        }
+        let mut bytes = Vec::new();
+        self.push_bytes(id, false, &mut bytes)?;
+        Ok(bytes)
+    }
+
     /// The id of a token as the vocabulary spells it.
     pub fn id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
