@@ -77,6 +77,8 @@ pub fn sets(kind: DeviceKind, set: usize, cache: usize, room: usize) -> (usize, 
 pub struct Timing {
     /// The median of the samples.
     pub median: f64,
+    /// The least of them.
+    pub least: f64,
     /// A fifth of them is below; none of fewer than three.
     pub p20: Option<f64>,
     /// A fifth of them is above.
@@ -98,7 +100,8 @@ impl Timing {
         let (p20, p80) = (quantile(&samples, 0.2), quantile(&samples, 0.8));
         let median = quantile(&samples, 0.5);
         let noisy = spread && (p80 - p20) / median > NOISY;
-        Timing { median, p20: spread.then_some(p20), p80: spread.then_some(p80), n, launches, noisy }
+        let least = samples[0];
+        Timing { median, least, p20: spread.then_some(p20), p80: spread.then_some(p80), n, launches, noisy }
     }
 }
 

@@ -51,7 +51,7 @@ pub struct Options {
     pub limits: bool,
     /// At most so many rows of kernels.
     pub most_rows: usize,
-    /// Where each case's inputs are written for another program, if anywhere.
+    /// Where each case's inputs with f32 activations are written for another program, if anywhere.
     pub save_inputs: Option<PathBuf>,
 }
 
@@ -205,30 +205,30 @@ impl<'a> Bench<'a> {
         }
         if !self.device.caps().software {
             let (timing, bytes) = roofline::copy(self.device)?;
-            self.roof.bytes_per_s = Some(bytes / timing.median);
+            self.roof.bytes_per_s = Some(bytes / timing.least);
             let row = Row { kind: Kind::Roofline, op: "roofline".into(), kernel: "copy".into(), ..self.row() };
-            let case = format!("{} MiB", bytes as u64 / 2 >> 20);
-            let datasheet = self.card.map(|card| bytes / timing.median / 1e9 / card.gb_per_s);
+            let case = format!("{} MiB", bytes as u64 >> 21);
+            let datasheet = self.card.map(|card| bytes / timing.least / 1e9 / card.gb_per_s);
             rows.push(Row {
                 case,
                 cold: true,
-                gb_per_s: Some(bytes / timing.median / 1e9),
+                gb_per_s: Some(bytes / timing.least / 1e9),
                 bytes: Some(bytes as u64),
                 datasheet_fraction: datasheet,
                 ..timed(row, &timing)
             });
             for act in [Dtype::F32, Dtype::BF16] {
                 let Some((stem, timing, flops)) = roofline::matmul(self.device, act)? else { continue };
-                self.roof.flops_per_s.push((act, flops / timing.median, stem));
+                self.roof.flops_per_s.push((act, flops / timing.least, stem));
                 let row = Row { kind: Kind::Roofline, op: "roofline".into(), kernel: stem.into(), ..self.row() };
                 let size = (flops / 2.0).cbrt().round();
                 let datasheet = self.card.map(|card| {
                     let most = if act == Dtype::F32 { card.f32 } else { card.bf16 };
-                    flops / timing.median / 1e12 / most
+                    flops / timing.least / 1e12 / most
                 });
                 rows.push(Row {
                     case: format!("M=N=K={size} {}", act.name()),
-                    tflop_per_s: Some(flops / timing.median / 1e12),
+                    tflop_per_s: Some(flops / timing.least / 1e12),
                     flops: Some(flops as u64),
                     act: Some(act.name().into()),
                     datasheet_fraction: datasheet,
@@ -250,7 +250,7 @@ impl<'a> Bench<'a> {
         if self.inputs.as_ref().is_none_or(|(of, dtype, _)| (*of, *dtype) != (number, act)) {
             let shape = &self.shapes[number];
             let made = Inputs::new(shape.spec, &shape.dims, act);
-            if let Some(folder) = &self.options.save_inputs {
+            if let (Some(folder), Dtype::F32) = (&self.options.save_inputs, act) {
                 save(folder, shape, act, &made).map_err(|cause| Error::Invalid {
                     what: folder.display().to_string(),
                     reason: cause.to_string(),
@@ -390,8 +390,8 @@ fn timed(row: Row, timing: &Timing) -> Row {
 }
 
 /// Writes one period of a case's inputs, and what the oracle says of its outputs in f64: a file of bytes each, and a
-/// line in `inputs.jsonl` that names them. Other programs repeat them along every axis to the shape that is told. A case
-/// whose outputs are not known is left out.
+/// line in `inputs.jsonl` that names them. Other programs repeat them along every axis to the shape that is told. A
+/// case whose outputs are not known is left out.
 fn save(folder: &std::path::Path, shape: &Shape, act: Dtype, inputs: &Inputs) -> std::io::Result<()> {
     use std::io::Write;
     let Some(expected) = inputs.expected() else { return Ok(()) };

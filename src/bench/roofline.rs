@@ -71,7 +71,8 @@ pub fn datasheet(name: &str) -> Option<&'static Card> {
     CARDS.iter().find(|card| card.words.iter().all(|word| has(word)))
 }
 
-/// The measured limits of a device.
+/// The measured limits of a device, each the best of its samples: other work on the machine only lowers them. A kernel
+/// may still be beyond one: a copy writes as much as it reads, and on a CPU also reads what it writes.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Roof {
     /// Bytes a second, read and written.
@@ -138,7 +139,7 @@ pub fn matmul(device: &dyn Device, act: Dtype) -> Result<Option<(&'static str, T
         for size in [CUBE, LARGE_CUBE] {
             let Some(found) = cube(device, op, act, size)? else { break };
             let enough = found.1.median >= TOO_SHORT || device.caps().kind == DeviceKind::Cpu;
-            let rate = |(_, timing, flops): &(&str, Timing, f64)| flops / timing.median;
+            let rate = |(_, timing, flops): &(&str, Timing, f64)| flops / timing.least;
             if best.as_ref().is_none_or(|best| rate(&found) > rate(best)) {
                 best = Some(found);
             }
@@ -195,7 +196,7 @@ pub fn launch(device: &dyn Device, budget: f64) -> Result<Option<(&'static str, 
 pub fn peaks(device: &dyn Device) -> Result<(f64, Option<f64>)> {
     let (copied, bytes) = copy(device)?;
     let product = matmul(device, Dtype::F32)?;
-    Ok((bytes / copied.median / 1e9, product.map(|(_, timing, flops)| flops / timing.median / 1e9)))
+    Ok((bytes / copied.least / 1e9, product.map(|(_, timing, flops)| flops / timing.least / 1e9)))
 }
 
 /// The last-level cache in bytes, where the system or the driver tells it.

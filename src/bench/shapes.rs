@@ -125,7 +125,7 @@ impl Select {
 }
 
 impl Shape {
-    /// The dims that say something: not the zeros, not y's width where it is N, no scalar.
+    /// The dims that say something: not the zeros, not y's width where it is N, no seed and no scalar.
     pub fn label(&self) -> String {
         label(&self.dims)
     }
@@ -144,8 +144,9 @@ impl Shape {
 /// `M=16 N=1536 K=576 G=32`
 pub fn label(dims: &Dims) -> String {
     let text = dims.to_string();
-    let is_dim = |word: &&str| word.chars().next().is_some_and(char::is_uppercase);
-    let words = text.split(' ').filter(is_dim).filter(|word| !word.ends_with("=0") && !word.starts_with("LDY="));
+    let of_shape = |word: &str| !["LDY=", "SEED=", "STREAM=", "DROP="].iter().any(|name| word.starts_with(name));
+    let is_dim = |word: &&str| word.chars().next().is_some_and(char::is_uppercase) && of_shape(word);
+    let words = text.split(' ').filter(is_dim).filter(|word| !word.ends_with("=0"));
     words.collect::<Vec<_>>().join(" ")
 }
 

@@ -239,7 +239,7 @@ fn print(out: &mut impl Write, row: &Row, last: Option<&Row>) -> io::Result<()> 
     if last.is_none_or(|last| last.op != row.op) {
         writeln!(
             out,
-            "\n{:<30} {:<30} {:>10} {:>17} {:>7} {:>8} {:>7} {:>7}",
+            "\n{:<36} {:<32} {:>10} {:>17} {:>7} {:>8} {:>7} {:>7}",
             row.op, "case", "median us", "p20 to p80", "GB/s", "GFLOP/s", "of roof", "error"
         )?;
     }
@@ -256,7 +256,7 @@ fn print(out: &mut impl Write, row: &Row, last: Option<&Row>) -> io::Result<()> 
     };
     writeln!(
         out,
-        "{:<30} {:<30} {:>10} {range:>17} {:>7} {:>8} {:>7} {:>7}{remark}",
+        "{:<36} {:<32} {:>10} {range:>17} {:>7} {:>8} {:>7} {:>7}{remark}",
         row.kernel,
         row.case,
         known(row.median_us, 1),

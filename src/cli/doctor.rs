@@ -16,7 +16,7 @@ use super::{print_json, Common};
 ///
 /// Copy bandwidth counts bytes read and bytes written, of more than the caches hold. The matmul peak is that of the
 /// fastest product with f32 activations, 1024 x 1024 x 1024 or, where that is too little work, 4096 x 4096 x 4096. Both
-/// are medians over a third of a second, as in `bench`. Software that stands in for a GPU is not timed.
+/// are the best of a third of a second, as in `bench`. Software that stands in for a GPU is not timed.
 /// With --json: devices, each with id, kind, name, software, available, reason, simd, sm, shared_bytes,
 /// copy_gb_per_s, matmul_gflop_per_s; auto and auto_reason.
 #[derive(Args)]

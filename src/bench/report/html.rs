@@ -60,7 +60,8 @@ fn of_device(device: &OnDevice<'_>, named: bool) -> String {
             html,
             "<section><h2>Under the roof</h2><p class=\"note\">A dot is a kernel on a shape, by the least bytes and \
              operations of its contract. The line is what this device did in the same run: it copied along the slope, \
-             and its fastest product is the level.</p><div class=\"scroll\">{svg}</div>{}</section>",
+             and its fastest product is the level. A copy writes as much as it reads: what only reads may lie above \
+             it.</p><div class=\"scroll\">{svg}</div>{}</section>",
             legend(&device.rows, "measured limit")
         );
     }
