@@ -5,14 +5,16 @@
 //! (`ahead`). Memory comes from the driver's pool, which keeps what is freed.
 
 mod ahead;
+mod context;
 
 use super::ptx::{copy_ranges, invalid, range, work, Work};
 use super::{Buffer, Device, Error, Listed, Result};
 use crate::op::{Caps, DeviceKind, Dims, File, Kernel, OpSpec, Simd};
 use ahead::Ahead;
+use context::{describe, lock, Context, Event, Owned};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdevice_attribute_enum as Attribute, CUfunction_attribute_enum as FunctionAttribute};
-use cudarc::driver::sys::{CUcontext, CUdeviceptr, CUfunction, CUresult, CUstream};
+use cudarc::driver::sys::{CUdeviceptr, CUfunction, CUresult, CUstream};
 use std::collections::HashMap;
 use std::ffi::{c_int, c_void, CString};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
@@ -36,26 +38,6 @@ pub struct Cuda {
     loaded: Mutex<Loaded>,
 }
 
-/// The card's context and stream; the last buffer or device to go gives them back.
-struct Context {
-    id: String,
-    device: c_int,
-    context: CUcontext,
-    stream: CUstream,
-    /// Whether the card has a memory pool.
-    pooled: bool,
-    /// How much was queued on the stream, and how much of it is known to be done: calls, counted from 1.
-    queued: AtomicU64,
-    done: AtomicU64,
-    /// What copies beside the stream, from its first use on.
-    ahead: Mutex<Option<Ahead>>,
-}
-
-// SAFETY: the driver's calls may come from any thread; each makes the context current on its thread first.
-unsafe impl Send for Context {}
-// SAFETY: as above.
-unsafe impl Sync for Context {}
-
 /// Kernels that the driver has compiled.
 #[derive(Default)]
 struct Loaded {
@@ -77,108 +59,6 @@ struct Function {
 
 // SAFETY: a handle of the driver, which any thread may use.
 unsafe impl Send for Function {}
-
-/// A buffer's memory on the card.
-struct Owned {
-    address: CUdeviceptr,
-    context: Arc<Context>,
-    /// The last call on the stream that uses it, by [`Context::queued`].
-    last: AtomicU64,
-    /// The end of a copy by the second stream that the first has not waited for yet.
-    arriving: Mutex<Option<Event>>,
-}
-
-impl Owned {
-    /// The address, for what is queued next on the stream.
-    fn settled(&self) -> std::result::Result<CUdeviceptr, DriverError> {
-        if let Some(event) = lock(&self.arriving).take() {
-            let wait = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
-            // SAFETY: a live event and stream; the driver keeps what it needs of an event that goes.
-            unsafe { result::stream::wait_event(self.context.stream, event.0, wait) }?;
-        }
-        Ok(self.address)
-    }
-
-    /// Notes that what was queued last uses it.
-    fn used(&self) {
-        self.last.fetch_max(self.context.queued.fetch_add(1, SeqCst) + 1, SeqCst);
-    }
-}
-
-impl Drop for Owned {
-    fn drop(&mut self) {
-        let context = &self.context;
-        if context.bind().is_err() {
-            return; // the driver is shutting down, and takes the memory with it
-        }
-        if let Err(error) = self.settled() {
-            return log::debug!("{}: memory is not given back: {}", context.id, describe(error));
-        }
-        // SAFETY: this is the only owner of an address that the same allocator gave; freeing waits for queued work.
-        let freed = unsafe {
-            match context.pooled {
-                true => result::free_async(self.address, context.stream),
-                false => result::free_sync(self.address),
-            }
-        };
-        if let Err(error) = freed {
-            log::debug!("{}: memory is not given back: {}", context.id, describe(error));
-        }
-    }
-}
-
-impl Drop for Context {
-    fn drop(&mut self) {
-        // Errors here mean that the driver has gone first.
-        if self.bind().is_ok() {
-            if let Some(ahead) = lock(&self.ahead).take() {
-                ahead.close();
-            }
-            // SAFETY: no buffer or device is left that could use the stream.
-            let _ = unsafe { result::stream::destroy(self.stream) };
-        }
-        // SAFETY: retained once, in `Cuda::open`.
-        let _ = unsafe { result::primary_ctx::release(self.device) };
-    }
-}
-
-impl Context {
-    /// Makes the context the calling thread's.
-    fn bind(&self) -> std::result::Result<(), DriverError> {
-        // SAFETY: the context is retained until `self` goes.
-        unsafe { result::ctx::set_current(self.context) }
-    }
-
-    /// An event after all that the stream has.
-    fn record(&self) -> std::result::Result<Event, DriverError> {
-        let event = Event::new()?;
-        // SAFETY: a live event and stream.
-        unsafe { result::event::record(event.0, self.stream) }?;
-        Ok(event)
-    }
-
-    /// Waits for the stream.
-    fn synchronize(&self) -> std::result::Result<(), DriverError> {
-        let queued = self.queued.load(SeqCst);
-        // SAFETY: the stream lives as long as `self`.
-        unsafe { result::stream::synchronize(self.stream) }?;
-        self.done.fetch_max(queued, SeqCst);
-        Ok(())
-    }
-}
-
-/// A thread that panicked leaves whole values behind.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-}
-
-/// `CUDA_ERROR_NO_DEVICE (no CUDA-capable device is detected)`
-fn describe(error: DriverError) -> String {
-    match error.error_string() {
-        Ok(text) => format!("{:?} ({})", error.0, text.to_string_lossy()),
-        Err(_) => format!("{:?}", error.0),
-    }
-}
 
 /// How many cards there are, at least one; or why none can be used, and what to do.
 fn probe() -> std::result::Result<usize, String> {
@@ -603,25 +483,6 @@ impl Device for Cuda {
             result::event::synchronize(events.1 .0).and_then(|()| result::event::elapsed(events.0 .0, events.1 .0))
         };
         Ok(f64::from(elapsed.map_err(|error| self.failed(error))?) * 1e-3)
-    }
-}
-
-/// An event that keeps time.
-struct Event(sys::CUevent);
-
-// SAFETY: a handle of the driver, which any thread may use.
-unsafe impl Send for Event {}
-
-impl Event {
-    fn new() -> std::result::Result<Event, DriverError> {
-        result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map(Event)
-    }
-}
-
-impl Drop for Event {
-    fn drop(&mut self) {
-        // SAFETY: created by `new`, and nobody else has it.
-        let _ = unsafe { result::event::destroy(self.0) };
     }
 }
 

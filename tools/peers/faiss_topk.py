@@ -258,7 +258,8 @@ def main():
     except ImportError as missing:
         sys.exit(f"faiss_topk.py: {missing}: pip install --only-binary :all: faiss-cpu numpy")
     try:
-        row = measure(args.binary or common.build("build", "--release", "--bin", "handmill"), args)
+        binary = args.binary.resolve() if args.binary else common.build("build", "--release", "--bin", "handmill")
+        row = measure(binary, args)
         show(row)
         if args.record:
             common.append(args.record, row)

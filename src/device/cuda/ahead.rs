@@ -7,7 +7,7 @@
 //!
 //! Who uses the target next makes the first stream wait for the last event: only that work waits, no other.
 
-use super::{Context, Event};
+use super::context::{Context, Event};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{CUdeviceptr, CUevent_wait_flags as Wait, CUstream};
 use rayon::prelude::*;
