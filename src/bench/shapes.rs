@@ -306,7 +306,7 @@ mod tests {
         let select = Select { quick: true, ..Select::default() };
         let shapes = select.shapes(DeviceKind::Cpu);
         assert!((20..90).contains(&shapes.len()), "{}", shapes.len());
-        assert!(shapes.iter().all(|shape| shape.cost().flops < 4_000_000_000), "none takes seconds");
+        assert!(shapes.iter().all(|shape| shape.cost().flops < 5_000_000_000), "none takes seconds");
     }
 
     #[test]
