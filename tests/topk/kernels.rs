@@ -6,8 +6,14 @@ use handmill::ops::cosine_topk::{self, score_error, CODE_PITCH, NO_ROW};
 use handmill::tensor::HostTensor;
 use handmill::verify;
 
-/// Q, N (even: normal values), D, K, S, BASE, FILTER.
-const SHAPES: [[usize; 7]; 3] = [[5, 300, 33, 8, 2, 0, 0], [33, 258, 65, 17, 5, 32, 1], [17, 514, 384, 10, 3, 0, 0]];
+/// Q, N (even: normal values), D, K, S, BASE, FILTER. The last rows take every kernel several steps.
+const SHAPES: [[usize; 7]; 5] = [
+    [5, 300, 33, 8, 2, 0, 0],
+    [33, 258, 65, 17, 5, 32, 1],
+    [17, 514, 384, 10, 3, 0, 0],
+    [3, 70, 1032, 7, 1, 0, 0],
+    [9, 70, 1032, 7, 1, 0, 0],
+];
 
 #[test]
 fn lists_hold_the_rows_of_their_scores() {
