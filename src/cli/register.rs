@@ -10,7 +10,7 @@ use handmill::registry::entries::Entry;
 use handmill::registry::names::{self, Reference, Which};
 use handmill::registry::record::{self, Product};
 use handmill::registry::Kind;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::registry::{create, directory};
 use super::{note, Usage};
@@ -55,8 +55,10 @@ impl RegisterFlag {
             return Ok(());
         }
         let products: Vec<Product> = products.into_iter().flatten().collect();
-        let report = report.as_object().cloned().unwrap_or_default();
-        let left = record::leave(&create()?, command, &report, parents, &products)?;
+        // The command's name tells its run from what it made, where that is the same figures.
+        let mut object = Map::from_iter([("command".to_string(), command.into())]);
+        object.extend(report.as_object().cloned().unwrap_or_default());
+        let left = record::leave(&create()?, command, &object, parents, &products)?;
         let names: Vec<String> = left.iter().map(Entry::reference).collect();
         note(&format!("registered: {}", names.join(", ")));
         Ok(())
