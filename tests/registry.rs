@@ -12,6 +12,8 @@ mod killed;
 #[path = "models/reference.rs"]
 #[allow(dead_code)] // the encoder is tests/models'
 mod reference;
+#[path = "index/tiny.rs"]
+mod tiny;
 #[path = "support/tiny_chat.rs"]
 mod tiny_chat;
 #[path = "models/tiny.rs"]

@@ -17,7 +17,8 @@ use handmill::train::optimizer::Schedule;
 use serde_json::Value;
 
 use self::show::Display;
-use super::registry::{directory, model_hash};
+use super::register::model_hash;
+use super::registry::directory;
 use super::{
     note, print_json, resolve, stop_on_interrupt, ChecksFailed, Common, Interrupted, ModelFlag, Precision,
     RegisterFlag, Usage,

@@ -14,7 +14,8 @@ use handmill::registry::Kind;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{json, Value};
 
-use super::registry::{directory, model_hash};
+use super::register::model_hash;
+use super::registry::directory;
 use super::{
     note, open_model, peak_bytes, print_json, progress, read_text, AdapterFlag, Common, ModelFlag, Precision,
     RegisterFlag,

@@ -17,7 +17,7 @@ use handmill::retrieve::index::{self, Index as Opened, Options, Progress, Report
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{json, Value};
 
-use super::registry::model_hash;
+use super::register::model_hash;
 use super::{
     human_bytes, note, open_embedder, peak_bytes, print_json, resolve, stop_on_interrupt, Common, Interrupted,
     RegisterFlag, Usage,

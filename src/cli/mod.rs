@@ -15,6 +15,7 @@ mod generate;
 mod index;
 mod promote;
 mod quantize;
+mod register;
 mod registry;
 mod search;
 mod serve;
@@ -41,7 +42,8 @@ use handmill::train::metrics::peak_bytes;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 
-use self::registry::{resolve, RegisterFlag};
+use self::register::RegisterFlag;
+use self::registry::resolve;
 
 /// Quantized language models on hand-written kernels, with the measurements beside them.
 ///

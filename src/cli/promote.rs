@@ -25,7 +25,8 @@ use super::{note, print_json, resolve, stop_on_interrupt, ChecksFailed, Common, 
 /// against the candidate. Without a champion the base model alone is measured against. The figures are kept as
 /// NAME-evaluation, the alias moves in the same transaction. Exit code 1 where the candidate is refused. With --json:
 /// decision (promoted, refused), reasons, task: {metric, n, candidate, champion, gain, p, ..}, retention: [{text,
-/// candidate_nll, champion_nll, base_nll, delta, kept, ..}], evaluation, champion, and the keys of the candidate's entry.
+/// candidate_nll, champion_nll, base_nll, delta, kept, ..}], evaluation, champion, and the keys of the candidate's
+/// entry.
 #[derive(Args)]
 pub struct Promote {
     /// The adapter's name
@@ -53,7 +54,8 @@ pub struct Promote {
 pub struct GateFlags {
     #[command(flatten)]
     task: TaskFlags,
-    /// What is measured on the task: nll is of the expected answer and generates nothing [default: f1; of --eval-data nll]
+    /// What is measured on the task: nll is of the expected answer and generates nothing
+    /// [default: f1; of --eval-data nll]
     #[arg(long, value_enum)]
     metric: Option<MetricWord>,
     /// Texts that have nothing to do with the task [default: one that is bundled]

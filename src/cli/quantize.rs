@@ -13,7 +13,7 @@ use handmill::registry::record::Product;
 use handmill::registry::Kind;
 use serde_json::json;
 
-use super::registry::model_hash;
+use super::register::model_hash;
 use super::{human_bytes, note, print_json, progress, Common, ModelFlag, RegisterFlag, Usage};
 
 /// Write a model in 8 or 4 bits, read it back, and report the error of every tensor

@@ -7,11 +7,8 @@ use std::sync::OnceLock;
 use anyhow::Result;
 use clap::{Args, Subcommand};
 use handmill::error::quote;
-use handmill::model::adapter::model_sha256;
-use handmill::model::checkpoint::Checkpoint;
 use handmill::registry::entries::{Entry, New, Source};
-use handmill::registry::names::{Reference, Which};
-use handmill::registry::record::{self, Product};
+use handmill::registry::names::Reference;
 use handmill::registry::{self, files, Kind, Registry as Opened};
 use serde_json::{json, Value};
 
@@ -47,62 +44,6 @@ pub fn open() -> Result<Opened> {
 /// The registry that is named, made where it is missing.
 pub fn create() -> Result<Opened> {
     Ok(Opened::create(&named()?)?)
-}
-
-/// Under which name a command registers what it made.
-#[derive(Args)]
-pub struct RegisterFlag {
-    /// Register what is made as the next version of this name, with what it was made from; where a registry is named,
-    /// a command's run is recorded without it too
-    #[arg(long, value_name = "NAME")]
-    register: Option<String>,
-}
-
-impl RegisterFlag {
-    /// Refuses, before any work, a name that cannot be given to what is made; `ends` follow the name, with their kinds.
-    pub fn check(&self, ends: &[(&str, Kind)]) -> Result<()> {
-        let Some(name) = &self.register else { return Ok(()) };
-        let registry = create()?;
-        for (end, kind) in ends {
-            let name = format!("{name}{end}");
-            registry::names::check_name(&name).map_err(|error| Usage(error.to_string()))?;
-            registry.find(&Reference { name, which: Which::Latest }, Some(*kind))?;
-        }
-        Ok(())
-    }
-
-    /// The name, followed by `end`.
-    pub fn name(&self, end: &str) -> Option<String> {
-        self.register.as_ref().map(|name| format!("{name}{end}"))
-    }
-
-    /// Records a run where a registry is named, and registers what was made where a name is given: `products` are
-    /// those with one.
-    pub fn leave(
-        &self,
-        command: &str,
-        report: &Value,
-        parents: &[(String, String)],
-        products: Vec<Option<Product>>,
-    ) -> Result<()> {
-        if directory().is_none() {
-            return Ok(());
-        }
-        let products: Vec<Product> = products.into_iter().flatten().collect();
-        let report = report.as_object().cloned().unwrap_or_default();
-        let left = record::leave(&create()?, command, &report, parents, &products)?;
-        let names: Vec<String> = left.iter().map(Entry::reference).collect();
-        note(&format!("registered: {}", names.join(", ")));
-        Ok(())
-    }
-}
-
-/// The identity of a model, where a registry is named that is to know it.
-pub fn model_hash(path: &Path) -> Result<Vec<(String, String)>> {
-    match directory() {
-        None => Ok(Vec::new()),
-        Some(_) => Ok(vec![("base".into(), model_sha256(&Checkpoint::open(path)?)?)]),
-    }
 }
 
 /// Keep versions of models, adapters, datasets and indexes, with what each was made from

@@ -1,5 +1,5 @@
-//! Served answers to a candidate, once: capture, validate, fine-tune, gate, alias. What is done is kept under the hashes
-//! of what it was made from, so a run that was cut off goes on where it was.
+//! Served answers to a candidate, once: capture, validate, fine-tune, gate, alias. What is done is kept under the
+//! hashes of what it was made from, so a run that was cut off goes on where it was.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,7 +1,7 @@
 //! The registry's database: which entries there are, what they are made of, and where names point.
 //!
-//! One SQLite file in WAL mode: a transaction is there whole or not at all, whatever process is killed; writers wait for
-//! each other. Nothing in it is believed before it is checked.
+//! One SQLite file in WAL mode: a transaction is there whole or not at all, whatever process is killed; writers wait
+//! for each other. Nothing in it is believed before it is checked.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -27,8 +27,8 @@ const SCHEMA: &str = "
     CREATE TABLE names(name TEXT PRIMARY KEY NOT NULL COLLATE NOCASE, kind TEXT NOT NULL, next INTEGER NOT NULL)
         WITHOUT ROWID;
     CREATE TABLE entries(id INTEGER PRIMARY KEY, name TEXT NOT NULL COLLATE NOCASE, version INTEGER NOT NULL,
-        kind TEXT NOT NULL, sha256 TEXT NOT NULL, identity TEXT NOT NULL, tree TEXT NOT NULL, directory INTEGER NOT NULL,
-        place TEXT, bytes INTEGER NOT NULL, created TEXT NOT NULL, metadata TEXT NOT NULL, UNIQUE(name, version));
+        kind TEXT NOT NULL, sha256 TEXT NOT NULL, identity TEXT NOT NULL, tree TEXT NOT NULL,
+        directory INTEGER NOT NULL, place TEXT, bytes INTEGER NOT NULL, created TEXT NOT NULL, metadata TEXT NOT NULL, UNIQUE(name, version));
     CREATE INDEX entries_sha256 ON entries(sha256);
     CREATE INDEX entries_identity ON entries(identity);
     CREATE TABLE files(entry INTEGER NOT NULL, path TEXT NOT NULL, sha256 TEXT NOT NULL, bytes INTEGER NOT NULL,

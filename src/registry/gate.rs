@@ -1,10 +1,10 @@
 //! Whether a candidate is better than the champion where it must be, and no worse where it must not be.
 //!
 //! ```text
-//! task       each held-out question, or row, is put to both; gain_i = candidate_i - champion_i (of losses the negative)
-//!            passed where the 95 % interval of the mean gain lies above min_gain
-//! retention  texts that have nothing to do with the task are read by both; rise_t = candidate_t - champion_t, nats a token
-//!            passed where the interval of the mean rise, drawn by stretches, lies below max_forgetting
+//! task       each held-out question, or row, is put to both; gain_i = candidate_i - champion_i
+//!            (of losses the negative); passed where the 95 % interval of the mean gain lies above min_gain
+//! retention  texts that have nothing to do with the task are read by both; rise_t = candidate_t - champion_t, nats
+//!            a token; passed where the interval of its mean, drawn by stretches, lies below max_forgetting
 //! ```
 //!
 //! What is uncertain speaks against the candidate in both. Without a champion the base model alone is the champion.
@@ -200,7 +200,8 @@ pub fn promote(
     }
     let version = |entry: &Entry| json!({ "version": entry.version, "sha256": entry.sha256 });
     let decision = decision(&verdict, aliases);
-    let report = json!({ "decision": decision, "reasons": verdict.reasons, "name": name, "candidate": version(candidate),
+    let report = json!({ "decision": decision, "reasons": verdict.reasons, "name": name,
+        "candidate": version(candidate),
         "champion": champion.as_ref().map(version), "task": verdict.task, "retention": verdict.retention,
         "model_sha256": base_sha256, "task_sha256": task_sha256, "seed": terms.seed });
     let text = format!("{report:#}\n");

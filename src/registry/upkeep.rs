@@ -80,7 +80,17 @@ impl Registry {
                 self.verify_index(entry, &mut found);
                 continue;
             }
-            for file in self.files(entry)? {
+            let listed = self.files(entry)?;
+            let alone = match &listed[..] {
+                [file] if !entry.directory => file.sha256 == entry.sha256,
+                _ => entry.sha256 == entry.tree(),
+            };
+            if files::tree_hash(&listed) != entry.tree() || !alone {
+                let what = "its list of files is not the one that was registered".into();
+                let file = self.dir.join(super::database::FILE);
+                found.damage.push(Damage { entry: entry.reference(), file, what });
+            }
+            for file in listed {
                 let places = match &entry.place {
                     Some(place) if entry.directory => vec![place.join(&file.path)],
                     Some(place) => vec![place.clone()],

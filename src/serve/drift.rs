@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! centroid_distance = 1 - cos(mean of reference, mean of recent)
-//! mmd2  = mean k(x, x') + mean k(y, y') - 2 mean k(x, y) over pairs x ≠ x', y ≠ y', unbiased; 0 for equal distributions
+//! mmd2 = mean k(x, x') + mean k(y, y') - 2 mean k(x, y) over pairs x ≠ x', y ≠ y', unbiased
 //! k(a, b) = exp(-|a - b|² / (2·s²)), s² the median of |a - b|² over all pairs
 //! p_value = share of random splits of all rows into two such sets whose mmd2 is as large, the one at hand counted
 //! ```
@@ -160,7 +160,9 @@ mod tests {
         for seed in 0..40 {
             let found = drift(&rows(60, 0, 0.5, seed), &rows(40, 0, 0.5, 1000 + seed), D, seed, 99);
             small += usize::from(found.p_value <= 0.05);
-            assert!(found.centroid_distance < 0.1, "{found:?}");
+            // Half the squared angle between the means: 15 components of variance 0.05·(1/60 + 1/40) over a length of
+            // 0.45 make 0.075 ± 0.027.
+            assert!(found.centroid_distance < 0.25, "{found:?}");
         }
         // Binomial with 40 draws at 0.05: 8 or more have a chance of 1e-3.
         assert!(small < 8, "{small} of 40");

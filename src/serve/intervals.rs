@@ -114,7 +114,7 @@ mod tests {
 
     #[test]
     fn wilson_as_published() {
-        // Newcombe 1998 (two-sided intervals for the single proportion), method 3: 81 of 263, 15 of 148, 0 of 20, 1 of 29.
+        // R. G. Newcombe 1998, two-sided intervals for the single proportion, method 3.
         for (hits, n, low, high) in
             [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)]
         {

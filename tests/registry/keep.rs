@@ -234,3 +234,61 @@ fn models_on_the_machine_are_found_and_stay_where_they_are() {
     fs::write(blobs.join("config.json"), "{}").unwrap();
     assert_eq!(place.run(&["registry", "verify"]).code, 1);
 }
+
+#[test]
+fn commands_leave_what_they_made_and_from_what() {
+    let place = Place::new();
+    place.json(&["registry", "add", "base", str(model())]);
+    let out = place.path("q8");
+    place.json(&["quantize", "--model", "base", "--format", "q8", "--out", str(&out), "--register", "small"]);
+    let small = place.json(&["registry", "show", "small"]);
+    let parents: Vec<(&str, &str)> = (small["parents"].as_array().unwrap().iter())
+        .map(|parent| (parent["role"].as_str().unwrap(), parent["name"].as_str().unwrap()))
+        .collect();
+    assert_eq!(parents, [("original", "base"), ("run", "quantize")]);
+
+    let text = place.file("text.txt", "the mill stands at the river.");
+    let eval = ["eval", "--model", "small", "--text", str(&text), "--device", "cpu"];
+    place.json(&eval);
+    assert!(
+        place.lines(&["registry", "list", "--kind", "evaluation"]).is_empty(),
+        "without a name only the run is kept"
+    );
+    place.json(&[&eval[..], &["--register", "figures"]].concat());
+    let figures = place.json(&["registry", "lineage", "figures"]);
+    let names: Vec<&str> =
+        figures["ancestors"].as_array().unwrap().iter().map(|entry| entry["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["small", "eval", "base", "quantize"], "{figures}");
+
+    let embedder = place.path("embedder");
+    tiny::write(&embedder, "the mill stands at the river", 1);
+    let docs = place.path("docs");
+    place.file("docs/mill.md", "The mill stands at the river.\n");
+    let idx = place.path("idx");
+    let build = ["index", "build", "--model", str(&embedder), "--docs", str(&docs), "--out", str(&idx)];
+    place.json(&[&build[..], &["--register", "faq", "--device", "cpu"]].concat());
+    let info = place.json(&["index", "info", "faq"]);
+    assert_eq!(info["documents"], 1);
+    let found = ["search", "--index", "faq", "--model", str(&embedder), "--query", "the mill", "--device", "cpu"];
+    assert_eq!(place.json(&found)["hits"][0]["rank"], 1);
+    // An index goes on changing, which is no damage; one that is broken is.
+    fs::remove_file(place.path("docs/mill.md")).unwrap();
+    place.file("docs/inn.md", "The inn stands at the bridge.\n");
+    place.json(&[&build[..], &["--device", "cpu"]].concat());
+    let verified = place.json(&["registry", "verify"]);
+    assert_eq!((&verified["damage"], &verified["changed"]), (&serde_json::json!([]), &serde_json::json!(["faq@1"])));
+    let segment = fs::read_dir(idx.join("segments")).unwrap().next().unwrap().unwrap().path();
+    let mut bytes = fs::read(&segment).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&segment, bytes).unwrap();
+    let run = place.run(&["registry", "verify", "--json"]);
+    assert_eq!((run.code, run.object()["damage"][0]["entry"].as_str()), (1, Some("faq@1")));
+
+    for (name, words) in [("a/b", "cannot be a name"), ("base@1", "cannot be a name"), ("faq", "is of kind index")] {
+        let error = place.fails(&[&eval[..], &["--register", name]].concat());
+        assert!(error.contains(words), "{name}: {error}");
+    }
+    let mut alone = place.command(&[&eval[..], &["--register", "x"]].concat());
+    let output = alone.env_remove("HANDMILL_REGISTRY").output().unwrap();
+    assert_eq!(output.status.code(), Some(2), "{}", String::from_utf8_lossy(&output.stderr));
+}
