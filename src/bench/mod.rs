@@ -218,7 +218,9 @@ impl<'a> Bench<'a> {
                 ..timed(row, &timing)
             });
             for act in [Dtype::F32, Dtype::BF16] {
-                let Some((stem, timing, flops)) = roofline::matmul(self.device, act)? else { continue };
+                let Some((stem, timing, flops)) = roofline::matmul(self.device, act, &roofline::FORMATS)? else {
+                    continue;
+                };
                 self.roof.flops_per_s.push((act, flops / timing.least, stem));
                 let row = Row { kind: Kind::Roofline, op: "roofline".into(), kernel: stem.into(), ..self.row() };
                 let size = (flops / 2.0).cbrt().round();

@@ -21,8 +21,8 @@ const COPY_MOST: usize = 512 << 20;
 const CUBE: usize = 1024;
 const LARGE_CUBE: usize = 4096;
 const TOO_SHORT: f64 = 2e-3;
-/// Formats whose products are tried: the fastest counts.
-const FORMATS: [&str; 3] = ["f32", "bf16", "q4"];
+/// Formats of weights whose products are tried for the roofline: the fastest counts.
+pub const FORMATS: [&str; 3] = ["f32", "bf16", "q4"];
 
 /// A card as its maker describes it: GB/s of memory, TFLOP/s of bf16 products with sums in f32, without sparsity, and
 /// of plain f32.
@@ -131,9 +131,10 @@ pub fn copy(device: &dyn Device) -> Result<(Timing, f64)> {
     Ok((timing, 2.0 * bytes as f64))
 }
 
-/// The fastest product with activations of a type: its kernel, time and operations. None where no kernel runs.
-pub fn matmul(device: &dyn Device, act: Dtype) -> Result<Option<(&'static str, Timing, f64)>> {
-    let products = OPS.iter().filter(|op| op.name == "qmatmul" && FORMATS.contains(&op.format));
+/// The fastest product with activations of a type and weights of some formats: its kernel, time and operations. None
+/// where no kernel runs.
+pub fn matmul(device: &dyn Device, act: Dtype, formats: &[&str]) -> Result<Option<(&'static str, Timing, f64)>> {
+    let products = OPS.iter().filter(|op| op.name == "qmatmul" && formats.contains(&op.format));
     let mut best: Option<(&'static str, Timing, f64)> = None;
     for op in products {
         for size in [CUBE, LARGE_CUBE] {
@@ -192,10 +193,10 @@ pub fn launch(device: &dyn Device, budget: f64) -> Result<Option<(&'static str, 
     Ok(Some((kernel.stem, measure::time(device, once, budget, &mut go)?)))
 }
 
-/// The best rates for `doctor`: GB/s of a copy, and GFLOP/s of the fastest product with f32 activations.
+/// The best rates for `doctor`: GB/s of a copy, and GFLOP/s of the fastest product of f32 by f32.
 pub fn peaks(device: &dyn Device) -> Result<(f64, Option<f64>)> {
     let (copied, bytes) = copy(device)?;
-    let product = matmul(device, Dtype::F32)?;
+    let product = matmul(device, Dtype::F32, &["f32"])?;
     Ok((bytes / copied.least / 1e9, product.map(|(_, timing, flops)| flops / timing.least / 1e9)))
 }
 

@@ -15,8 +15,8 @@ use super::{print_json, Common};
 /// Show the devices, how fast they copy and multiply, and which one is used
 ///
 /// Copy bandwidth counts bytes read and bytes written, of more than the caches hold. The matmul peak is that of the
-/// fastest product with f32 activations, 1024 x 1024 x 1024 or, where that is too little work, 4096 x 4096 x 4096. Both
-/// are the best of a third of a second, as in `bench`. Software that stands in for a GPU is not timed.
+/// fastest f32 product, 1024 x 1024 x 1024 or, where that is too little work, 4096 x 4096 x 4096. Both are the best of a
+/// third of a second. Software that stands in for a GPU is not timed.
 /// With --json: devices, each with id, kind, name, software, available, reason, simd, sm, shared_bytes,
 /// copy_gb_per_s, matmul_gflop_per_s; auto and auto_reason.
 #[derive(Args)]
