@@ -61,9 +61,9 @@ impl Default for PtxSim {
 }
 
 impl PtxSim {
-    /// A device of compute capability 8.0.
+    /// A device of compute capability 9.0, which runs what is written for 8.0 and for 9.0 alike.
     pub fn new() -> PtxSim {
-        PtxSim::with_sm(80)
+        PtxSim::with_sm(90)
     }
 
     /// A device of another compute capability (major·10 + minor), with its shared memory.

@@ -5,12 +5,14 @@
 //! | `naive` | one output a thread | reading |
 //! | `warp` | a warp streams two rows of W once past 16 rows of x, which lie in shared memory | few tokens |
 //! | `mma` | tensor cores; x in bf16, W decoded to bf16 in registers | many tokens |
+//! | `wgmma` | the same on warpgroups, codes brought by the copy engine | many tokens on compute capability 9.0 |
 //!
 //! How much of the tolerance `mma` uses: let u = 2^-8, the unit roundoff of bf16. x is exact, being the input; a weight
 //! is decoded in f32 and rounded once, so each term x·w is off by at most u·|x·w|, and decoding, scale, bias and the
 //! low-rank term are f32 work, of 2^-24. The tensor cores add products exact in f32, each sum off by at most 2^-22
 //! (they may truncate where f32 rounds): K sums by K·2^-14·u, below sqrt(K)·u for K up to 2^28. So even when no two
-//! errors cancel, all of them fit in the sqrt(K + R) + 6 roundings of u that are allowed.
+//! errors cancel, all of them fit in the sqrt(K + R) + 6 roundings of u that are allowed. `wgmma` decodes in bf16: level
+//! or scale, absmax or min and the weight are rounded, three roundings for each term in place of one, which fit as well.
 
 use crate::op::*;
 use crate::tensor::Dtype;
@@ -31,6 +33,7 @@ pub const KERNELS_Q4: &[Kernel] = &[
     ptx!("qmatmul_q4_naive", row_by_columns, columns_fit),
     ptx!("qmatmul_q4_warp", sixteen_by_sixteen, rows_fit),
     tensor_cores(ptx!("qmatmul_q4_mma", tiles, whole_vectors)),
+    tensor_cores(ptx!("qmatmul_q4_wgmma", hopper_tiles, hopper_q4)),
 ];
 pub const KERNELS_Q8: &[Kernel] = &[
     ptx!("qmatmul_q8_naive", row_by_columns, columns_fit),
@@ -41,6 +44,7 @@ pub const KERNELS_NF4: &[Kernel] = &[
     ptx!("qmatmul_nf4_naive", row_by_columns, columns_fit),
     ptx!("qmatmul_nf4_warp", sixteen_by_sixteen, rows_fit),
     tensor_cores(ptx!("qmatmul_nf4_mma", tiles, columns_fit)),
+    tensor_cores(ptx!("qmatmul_nf4_wgmma", hopper_tiles, hopper)),
 ];
 pub const KERNELS_NF4DQ: &[Kernel] = &[
     ptx!("qmatmul_nf4dq_naive", row_by_columns, columns_fit),
@@ -100,4 +104,23 @@ fn tiles(d: &Dims) -> Launch {
 /// Rows of 4-bit codes begin at multiples of 16 bytes: all but groups of 16 in odd number see to that.
 fn whole_vectors(d: &Dims, caps: &Caps) -> bool {
     columns_fit(d, caps) && d["K"].is_multiple_of(32)
+}
+
+/// Shared memory of `wgmma`: four tiles of 128 columns of 128 rows, x in bf16 and 4-bit codes; eight mbarriers.
+const HOPPER_BYTES: usize = 4 * (128 * 128 * 2 + 128 * 64) + 8 * 8;
+
+/// `wgmma`: tiles of 128 rows of x by 128 rows of W.
+fn hopper_tiles(d: &Dims) -> Launch {
+    let grid = [d["M"].div_ceil(128) as u32, d["N"].div_ceil(128) as u32, 1];
+    Launch { grid, block: [384, 1, 1], shared_bytes: HOPPER_BYTES as u32 }
+}
+
+/// Code for sm_90a runs on compute capability 9.0 and on no other.
+fn hopper(d: &Dims, caps: &Caps) -> bool {
+    columns_fit(d, caps) && caps.sm == 90 && d["K"].is_multiple_of(64)
+}
+
+/// A step of 32 columns lies in one group.
+fn hopper_q4(d: &Dims, caps: &Caps) -> bool {
+    hopper(d, caps) && d["G"].is_multiple_of(32)
 }
