@@ -122,6 +122,7 @@ impl Llama {
             positions: batch.context,
             places: &places,
             apart: if mixed { single } else { 0 },
+            adapted: parts.iter().any(|part| part.adapter.is_some()),
             direct: batch.direct,
         };
         self.step(&pass, &ids, &positions, &spans, &mut |_, _| Ok(()))?;

@@ -98,6 +98,8 @@ pub(super) struct Pass<'a> {
     pub places: &'a [Place],
     /// The tokens that attend first, apart from the others: one of many texts each; 0 where all attend together.
     pub apart: usize,
+    /// Some token has an adapter of a stack.
+    pub adapted: bool,
     /// Kernels may write keys and values into rows of the caches.
     pub direct: bool,
 }
@@ -210,6 +212,7 @@ impl Llama {
                 positions: session.capacity,
                 places: &[Place { row: 0, at: begin, count: m }],
                 apart: 0,
+                adapted: true,
                 direct: session.direct,
             };
             self.step(&pass, chunk, &positions, &spans, &mut observe)?;
@@ -331,7 +334,7 @@ impl Llama {
     /// y[m, n] = x[m, k]·Wᵀ + bias, and the adapters' terms: every projection goes through here.
     fn linear(&self, pass: &Pass, x: &Buffer, w: &Linear, y: &Buffer) -> Result<(), Error> {
         w.apply_adapted(&*self.device, x, &pass.work.shrunk, y, pass.m)?;
-        match &w.stack {
+        match w.stack.as_ref().filter(|_| pass.adapted) {
             Some(stack) => stack.apply(&*self.device, &w.matrix, x, &pass.work.adapter, &pass.work.shrunk, y, pass.m),
             None => Ok(()),
         }

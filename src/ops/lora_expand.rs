@@ -6,13 +6,12 @@
 //! below L, or the adapter has no rows. y is columns Y0..Y0+N of a matrix `[M,LDY]`. Where one adapter serves every
 //! row, `qmatmul` adds the same term without a pass over y.
 
-use super::simd;
+use super::skinny::{self, Rows};
 use super::vector::{for_simd, Body, Vector, LANES};
 use crate::op::*;
 use crate::tensor::{Dtype, HostTensor};
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
-use rayon::prelude::*;
 
 /// Out of the low rank of each token's adapter, added to what the base gave.
 pub static LORA_EXPAND: OpSpec = OpSpec {
@@ -69,9 +68,9 @@ fn columns_of_a_row(d: &Dims, threads: u32) -> Launch {
     Launch { grid: [(d["N"] as u32).div_ceil(threads), d["M"] as u32, 1], block: [threads, 1, 1], shared_bytes: 0 }
 }
 
-/// Indices of adapters, −1 among them.
+/// Indices of adapters, −1 and one past the last among them.
 fn adapters(d: &Dims, rng: &mut ChaCha8Rng) -> HostTensor {
-    let ids: Vec<i32> = (0..d["M"]).map(|_| rng.random_range(-1..d["L"] as i32)).collect();
+    let ids: Vec<i32> = (0..d["M"]).map(|_| rng.random_range(-1..=d["L"] as i32)).collect();
     HostTensor::from_slice(Dtype::I32, &[d["M"]], &ids)
 }
 
@@ -130,12 +129,15 @@ fn rows(d: &Dims, args: &mut [Slice<'_>], simd: Simd) {
     let (n, r, ldy, y0) = (d["N"], d["R"], d["LDY"], d["Y0"]);
     let [s, b, adapter, rows, scale, y] = args else { unreachable!("six arguments") };
     let (s, b, adapter, rows, scale) = (s.f32(), b.f32(), adapter.as_slice::<i32>(), rows.u32(), scale.f32());
-    // At 30 multiply-adds a nanosecond.
-    let grain = simd::grain((n * r) as f64 / 30.0);
-    y.f32_mut().par_chunks_mut(ldy).enumerate().with_min_len(grain).for_each(|(m, y)| {
+    let m = adapter.len();
+    assert!(y0 + n <= ldy && y.f32().len() == m * ldy);
+    let y = Rows(y.f32_mut().as_mut_ptr());
+    skinny::in_parts(m, n * r, &|m| {
         if let Some((l, of_row)) = of_row(d, m, adapter, rows) {
             let (s, b) = (&s[m * r..][..of_row.len()], &b[of_row.start * n..of_row.end * n]);
-            for_simd(simd, Expand { s, b, scale: scale[l], y: &mut y[y0..y0 + n] });
+            // SAFETY: columns Y0..Y0+N of row m lie in y, as just seen, and are this part's alone.
+            let y = unsafe { std::slice::from_raw_parts_mut(y.at(m * ldy + y0), n) };
+            for_simd(simd, Expand { s, b, scale: scale[l], y });
         }
     });
 }

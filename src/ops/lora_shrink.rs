@@ -6,13 +6,12 @@
 //! are rows `rows[l,0]..rows[l,1]` of A, at most R of them, `rows[l,1]` ≤ T; token m uses adapter `adapter[m]`. Columns
 //! of S past an adapter's rank are zero, and so is the whole row where `adapter[m]` is −1 or no index below L.
 
+use super::skinny::{self, Rows};
 use super::vector::{for_simd, Body, Vector};
-use super::{simd, skinny};
 use crate::op::*;
 use crate::tensor::{Dtype, HostTensor};
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
-use rayon::prelude::*;
 
 /// Tokens into the low rank of their adapter.
 pub static LORA_SHRINK: OpSpec = OpSpec {
@@ -133,37 +132,29 @@ fn rows(d: &Dims, args: &mut [Slice<'_>], simd: Simd) {
     let (k, r) = (d["K"], d["R"]);
     let [x, a, adapter, rows, s] = args else { unreachable!("five arguments") };
     let (x, a, adapter, rows) = (x.f32(), a.f32(), adapter.as_slice::<i32>(), rows.u32());
-    // At 30 multiply-adds a nanosecond.
-    let grain = simd::grain((k * r) as f64 / 30.0);
-    s.f32_mut().par_chunks_mut(grain * r).enumerate().for_each(|(chunk, s)| {
-        for_simd(simd, Shrink { d, first: chunk * grain, x, a, adapter, rows, s, k, r });
+    let m = d["M"];
+    assert!(x.len() == m * k && s.f32().len() == m * r);
+    let s = Rows(s.f32_mut().as_mut_ptr());
+    skinny::in_parts(m, k * r, &|m| {
+        let of_token = of_token(d, m, adapter, rows);
+        // SAFETY: row m lies in S, as just seen, and is this part's alone.
+        let s = unsafe { std::slice::from_raw_parts_mut(s.at(m * r), r) };
+        let (used, unused) = s.split_at_mut(of_token.len());
+        unused.fill(0.0);
+        for_simd(simd, Shrink { x: &x[m * k..(m + 1) * k], a: &a[of_token.start * k..of_token.end * k], s: used });
     });
 }
 
-/// The tokens of one task: those of `s`, from `first` on.
+/// One token's ranks.
 struct Shrink<'a> {
-    d: &'a Dims,
-    first: usize,
     x: &'a [f32],
     a: &'a [f32],
-    adapter: &'a [i32],
-    rows: &'a [u32],
     s: &'a mut [f32],
-    k: usize,
-    r: usize,
 }
 
 impl Body for Shrink<'_> {
     #[inline(always)]
     fn run<V: Vector>(self) {
-        for (i, s) in self.s.chunks_mut(self.r).enumerate() {
-            let m = self.first + i;
-            let x = &self.x[m * self.k..(m + 1) * self.k];
-            let of_token = of_token(self.d, m, self.adapter, self.rows);
-            let a = &self.a[of_token.start * self.k..of_token.end * self.k];
-            let (used, unused) = s.split_at_mut(of_token.len());
-            unused.fill(0.0);
-            skinny::dots::<V>(x, a, used);
-        }
+        skinny::dots::<V>(self.x, self.a, self.s);
     }
 }

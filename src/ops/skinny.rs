@@ -1,7 +1,33 @@
 //! Products with a matrix of few rows, such as an adapter's: the loops that `lora_shrink` and `lora_backward` share.
 //! What is long is read once, for eight of the few at a time.
 
+use super::team;
 use super::vector::{Vector, LANES};
+
+/// Multiply-adds below which one thread does them all: what they read comes from memory as a rule.
+const SERIAL: usize = 1 << 15;
+
+/// Rows of a matrix that threads write, each its own.
+pub struct Rows(pub *mut f32);
+
+// SAFETY: whoever writes through it says why no other thread touches the place.
+unsafe impl Sync for Rows {}
+
+impl Rows {
+    /// Where element `i` lies.
+    pub fn at(&self, i: usize) -> *mut f32 {
+        self.0.wrapping_add(i)
+    }
+}
+
+/// Calls `body` for each of `m` rows, on several threads where rows of `work` multiply-adds are worth it.
+pub fn in_parts(m: usize, work: usize, body: &(dyn Fn(usize) + Sync)) {
+    if m < 2 || m * work < SERIAL {
+        return (0..m).for_each(body);
+    }
+    let per_part = m.div_ceil(16 * rayon::current_num_threads());
+    team::run(m.div_ceil(per_part), &|part| (part * per_part..m.min((part + 1) * per_part)).for_each(body));
+}
 
 /// out[r] = Σ_k x[k] · a[r,k], K = `x.len()`, R = `out.len()`.
 #[inline(always)]
