@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::Args;
+use handmill::device::invariant::invariant;
 use handmill::device::Device;
 use handmill::model::adapter::{model_sha256, sha256};
 use handmill::model::checkpoint::Checkpoint;
@@ -135,6 +136,9 @@ pub struct Serve {
     /// the questions of late are from them stands in /metrics and on the page
     #[arg(long, value_name = "FILE", requires = "embed_model")]
     drift_reference: Option<PathBuf>,
+    /// Take the fastest kernels for each batch: the last bits of an answer may then depend on what else is asked
+    #[arg(long)]
+    any_batch: bool,
     #[command(flatten)]
     precision: Precision,
     #[command(flatten)]
@@ -348,7 +352,8 @@ impl Serve {
 
     fn open_engine(&self, device: &Arc<dyn Device>) -> Result<Engine> {
         let flag = super::AdapterFlag { adapter: None, base: BaseFlag { any_base: self.base.any_base } };
-        let model = open_model(&self.model.model, &flag, &self.precision, device)?;
+        let device = if self.any_batch { device.clone() } else { invariant(device.clone()) };
+        let model = open_model(&self.model.model, &flag, &self.precision, &device)?;
         // Reading the model's files whole is for those who load adapters.
         let asked = !self.base.any_base && (!self.adapter.is_empty() || self.allow_admin);
         let base = asked.then(|| model_sha256(&Checkpoint::open(&self.model.model)?)).transpose()?;

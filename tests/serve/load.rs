@@ -8,7 +8,7 @@ use rand::RngExt;
 
 use super::*;
 
-const REQUESTS: usize = 300;
+const REQUESTS: usize = 200;
 const CLIENTS: usize = 12;
 
 #[test]

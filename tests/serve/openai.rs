@@ -156,6 +156,8 @@ fn metrics_are_well_formed_and_count() {
     for _ in 0..3 {
         server.chat(&question("one", "hello", json!({})));
     }
+    // The engine adds a pass up after it has told its tokens.
+    server.until("all tokens are counted", || server.status()["generation_tokens"] == 36);
     let metrics = server.get("/metrics");
     assert!(metrics.head.contains("text/plain; version=0.0.4"), "{}", metrics.head);
     for line in [

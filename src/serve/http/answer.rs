@@ -13,6 +13,7 @@ use super::Server;
 use crate::model::generate::Ending;
 use crate::model::sampler::SamplerSettings;
 use crate::model::stop::StopText;
+use crate::model::tokenizer;
 use crate::serve::job::{Event, Job, Refused, Token};
 
 /// How long after its deadline an answer is waited for: the engine looks at the clock between passes.
@@ -171,7 +172,7 @@ async fn pieces(
     let mut shown = StopText::new(&plan.stop);
     let mut answer = Answer { finish: "length", ..Answer::default() };
     answer.took.prompt_tokens = plan.prompt.len();
-    let broken = |error: crate::model::tokenizer::Error| Fault::Api(ApiError::internal(error.to_string()));
+    let broken = |error: tokenizer::Error| Fault::Api(ApiError::internal(error.to_string()));
     let late = tokio::time::Instant::from_std(plan.deadline + GRACE);
     let (mut told, mut last, mut prompt): (usize, Option<Instant>, Vec<Token>) = (0, None, Vec::new());
     loop {
@@ -232,7 +233,11 @@ async fn pieces(
             answer.finish = "stop";
             break;
         }
-        let piece = decoder.push(id).map_err(broken)?;
+        let piece = match decoder.push(id) {
+            // Rows of the output matrix that pad it have no token: they can be drawn, and are no text.
+            Err(tokenizer::Error::UnknownId { .. }) => None,
+            piece => piece.map_err(broken)?,
+        };
         let (ready, stopped) = shown.push(piece.as_deref().unwrap_or_default());
         if stopped {
             answer.finish = "stop";
