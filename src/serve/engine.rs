@@ -29,6 +29,7 @@ use crate::error::Error;
 use crate::model::adapter::{weights_sha256, Adapter};
 use crate::model::generate::LanguageModel;
 use crate::model::sampler::Sampler;
+use crate::retrieve::prompt::Layout;
 pub use text::TextSide;
 
 /// How much an engine takes on.
@@ -204,7 +205,9 @@ impl Engine {
             adapter.check_base_sha256(base)?;
         }
         let bytes = 4 * adapter.parameters();
-        let info = AdapterInfo { name: name.into(), sha256: weights_sha256(dir)?, rank: adapter.config.r, bytes };
+        let layout = Layout::of_adapter(dir)?;
+        let info =
+            AdapterInfo { name: name.into(), sha256: weights_sha256(dir)?, rank: adapter.config.r, bytes, layout };
         let (reply, answer) = sync_channel(1);
         let mut desk = shared.desk();
         if desk.closed {

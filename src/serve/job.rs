@@ -6,6 +6,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use crate::model::generate::Ending;
 use crate::model::sampler::SamplerSettings;
+use crate::retrieve::prompt::Layout;
 
 /// A text to continue. It is given up as soon as nobody listens to `events` any more.
 pub struct Job {
@@ -111,6 +112,8 @@ pub struct AdapterInfo {
     pub rank: usize,
     /// Bytes on the device.
     pub bytes: usize,
+    /// The layout of the prompts it was trained on, where its directory says so.
+    pub layout: Option<Layout>,
 }
 
 /// Where the engine stands.

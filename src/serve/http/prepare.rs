@@ -8,7 +8,7 @@ use super::wire::{Asked, Chat, Prompt};
 use super::Server;
 use crate::model::chat::Message;
 use crate::retrieve::index::Passage;
-use crate::retrieve::prompt::{self, defuse, Layout};
+use crate::retrieve::prompt::{self, defuse};
 use crate::serve::retrieval::Found;
 
 /// Tokens that a chat template may add beyond those of an empty message.
@@ -94,7 +94,13 @@ impl Server {
             let Some(last) = last else {
                 return Err(ApiError::param("messages", "an index is asked with a message of the user's"));
             };
-            let found = self.search(name, &chat.messages[last].content)?;
+            let mut found = self.search(name, &chat.messages[last].content)?;
+            // An adapter is asked as it was trained.
+            let adapters = self.engine.adapters();
+            let adapter = adapters.into_iter().find(|adapter| Some(&adapter.name) == target.adapter.as_ref());
+            let trained = adapter.and_then(|adapter| adapter.layout);
+            found.passages.truncate(trained.as_ref().map_or(usize::MAX, |layout| layout.passages));
+            let layout = trained.unwrap_or_default();
             if found.passages.is_empty() {
                 self.metrics.refusals.with_label_values(&[name]).inc();
                 return Ok(Ready { ids: Vec::new(), citations: Some(json!([])) });
@@ -106,7 +112,7 @@ impl Server {
             let budget = self.engine.text().context().saturating_sub(spent);
             let text = self.engine.text();
             let question = &chat.messages[last].content;
-            let prompt = prompt::message(&text.tokenizer, &Layout::default(), question, &found.passages, budget);
+            let prompt = prompt::message(&text.tokenizer, &layout, question, &found.passages, budget);
             let prompt = prompt.map_err(|error| ApiError::param("messages", error.to_string()))?;
             if prompt.used == 0 {
                 let what = "no passage fits the context beside this conversation: ask for fewer max_tokens";
