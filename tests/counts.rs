@@ -142,6 +142,31 @@ fn mma_moves_each_tile_once_without_conflicts() {
 }
 
 #[test]
+fn wgmma_moves_each_tile_once_without_conflicts() {
+    for format in ["q4", "nf4"] {
+        for m in [16, 256] {
+            let run = count("qmatmul", format, "wgmma", m);
+            let what = run.what();
+            let [rows, columns, _] = run.work.grid.map(u64::from);
+
+            // A tile has 128 rows of W; beyond the last its own codes come again.
+            let (_, moved) = run.arg("codes");
+            let codes = rows * columns * 128 * K as u64 / 2;
+            assert_eq!((moved.read, moved.sector_read), (codes, codes), "{what}: codes");
+            let (bytes, moved) = run.arg("x");
+            assert_eq!((moved.read, moved.sector_read), (columns * bytes, columns * bytes), "{what}: x");
+            let (bytes, moved) = run.arg("y");
+            assert_eq!((moved.written, moved.sector_written), (bytes, bytes), "{what}: y");
+
+            // Eight warps take 16 columns of 16 rows of W by 128 rows of x at once, rows that are not there included.
+            let products = rows * columns * 8 * (K as u64 / 16);
+            assert_eq!((run.counts.mma, run.counts.mma_macs), (products, products * 16 * 16 * 128), "{what}: products");
+            assert_eq!(run.counts.shared.conflicts, 0, "{what}: waves lost to bank conflicts");
+        }
+    }
+}
+
+#[test]
 fn tiled_moves_each_tile_once_without_conflicts() {
     for format in ["f32", "f16", "bf16", "q4", "q8", "nf4", "nf4dq"] {
         for m in [16, 128] {
