@@ -527,9 +527,11 @@ impl RowDot for Bytes<'_> {
         let codes = &self.codes[n * k..(n + 1) * k];
         prefetch(codes.as_ptr().wrapping_add(AHEAD), k);
         let shift = (self.group / LANES).ilog2();
-        let x = x.map(|x| x.as_chunks::<LANES>().0);
+        let codes = codes.as_chunks::<LANES>().0;
+        // One length for all, so that one comparison in the loop serves every row.
+        let x = x.map(|x| &x.as_chunks::<LANES>().0[..codes.len()]);
         let mut sums = [V::splat(0.0); T];
-        for (i, codes) in codes.as_chunks::<LANES>().0.iter().enumerate() {
+        for (i, codes) in codes.iter().enumerate() {
             let w = V::load_i8(codes).mul(V::splat(scales[i >> shift]));
             for t in 0..T {
                 sums[t] = w.mul_add(V::load(&x[t][i]), sums[t]);
@@ -586,9 +588,11 @@ fn nibbles<V: Vector, const T: usize>(
 ) -> [(V, f32); T] {
     prefetch(codes.as_ptr().wrapping_add(AHEAD), codes.len());
     let shift = (group / (2 * LANES)).ilog2();
-    let x = x.map(|x| x.as_chunks::<{ 2 * LANES }>().0);
+    let codes = codes.as_chunks::<LANES>().0;
+    // As for bytes.
+    let x = x.map(|x| &x.as_chunks::<{ 2 * LANES }>().0[..codes.len()]);
     let mut sums = [V::splat(0.0); T];
-    for (i, bytes) in codes.as_chunks::<LANES>().0.iter().enumerate() {
+    for (i, bytes) in codes.iter().enumerate() {
         let (even, odd) = unpack(bytes);
         let scale = V::splat(scales[i >> shift]);
         for t in 0..T {
