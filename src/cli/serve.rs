@@ -438,12 +438,8 @@ fn name_of(path: &Path) -> String {
 /// SHA-256 of each token of a file.
 fn read_tokens(path: &Path) -> Result<Vec<[u8; 32]>> {
     let text = super::read_text(path)?;
-    let tokens: Vec<[u8; 32]> = text
-        .lines()
-        .map(str::trim)
-        .filter(|line| !line.is_empty())
-        .map(|line| sha256(line.as_bytes()).into())
-        .collect();
+    let tokens: Vec<[u8; 32]> =
+        text.lines().map(str::trim).filter(|line| !line.is_empty()).map(|line| sha256(line.as_bytes())).collect();
     match tokens.is_empty() {
         true => Err(Usage(format!("{} holds no token: write one a line", path.display())).into()),
         false => Ok(tokens),
