@@ -420,8 +420,10 @@ async fn interrupted(stop: Arc<AtomicBool>) {
 
 /// A model's name: its file's or directory's, with what no name may hold left out.
 fn name_of(path: &Path) -> String {
-    let full = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
-    let name = full.file_name().map_or(String::new(), |name| name.to_string_lossy().into_owned());
+    // A link is called by its own name; `.` has none.
+    let full = if path.file_name().is_some() { Some(path.to_path_buf()) } else { path.canonicalize().ok() };
+    let name =
+        full.as_deref().and_then(Path::file_name).map_or(String::new(), |name| name.to_string_lossy().into_owned());
     let name = name.strip_suffix(".gguf").unwrap_or(&name);
     let name: String =
         name.chars().map(|c| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '-' }).collect();
@@ -436,12 +438,8 @@ fn name_of(path: &Path) -> String {
 /// SHA-256 of each token of a file.
 fn read_tokens(path: &Path) -> Result<Vec<[u8; 32]>> {
     let text = super::read_text(path)?;
-    let tokens: Vec<[u8; 32]> = text
-        .lines()
-        .map(str::trim)
-        .filter(|line| !line.is_empty())
-        .map(|line| sha256(line.as_bytes()).into())
-        .collect();
+    let tokens: Vec<[u8; 32]> =
+        text.lines().map(str::trim).filter(|line| !line.is_empty()).map(|line| sha256(line.as_bytes())).collect();
     match tokens.is_empty() {
         true => Err(Usage(format!("{} holds no token: write one a line", path.display())).into()),
         false => Ok(tokens),

@@ -45,7 +45,7 @@ impl Watch {
             state.recent.pop_front();
         }
         state.seen += 1;
-        if state.seen % EVERY == 0 {
+        if state.seen.is_multiple_of(EVERY) {
             let (rows, seen): (Vec<f32>, u64) = (state.recent.iter().flatten().copied().collect(), state.seen);
             drop(state);
             let watch = self.clone();

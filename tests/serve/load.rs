@@ -18,7 +18,7 @@ fn none_is_lost_and_none_is_mixed() {
     let questions = ["the mill grinds wheat", "the inn serves beer", "iron nails", "zzzz"];
     let body = |kind: usize, stream: bool| {
         let (model, text) = (models[kind % 5], questions[kind / 5 % 4]);
-        let drawn = if kind % 2 == 0 { 0.0 } else { 0.9 };
+        let drawn = if kind.is_multiple_of(2) { 0.0 } else { 0.9 };
         question(model, text, json!({"temperature": drawn, "seed": kind, "max_tokens": 6 + kind % 3, "stream": stream}))
     };
     let alone: HashMap<usize, String> = (0..20).map(|kind| (kind, server.chat(&body(kind, false)).chat())).collect();

@@ -143,7 +143,10 @@ pub struct Arm {
 
 /// The last answers, by id, with the arm that gave each where there is one.
 #[derive(Default)]
-pub struct Recent(Mutex<(HashMap<String, Option<Arm>>, VecDeque<String>)>);
+pub struct Recent(Mutex<Answers>);
+
+/// Answers by id, and their ids in order.
+type Answers = (HashMap<String, Option<Arm>>, VecDeque<String>);
 
 impl Recent {
     /// Remembers an answer.
