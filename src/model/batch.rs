@@ -152,7 +152,7 @@ impl Llama {
             self.check_ids(part.ids)?;
             m += part.ids.len();
             let end = part.begin.checked_add(part.ids.len()).filter(|end| *end <= batch.context);
-            if !end.and_then(|end| end.checked_add(part.at)).is_some_and(|end| end <= batch.cache_rows) {
+            if end.and_then(|end| end.checked_add(part.at)).is_none_or(|end| end > batch.cache_rows) {
                 let what = format!(
                     "{} tokens after {} from row {} of the cache on do not fit texts of {} and a cache of {}",
                     part.ids.len(),

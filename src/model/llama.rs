@@ -358,7 +358,7 @@ impl Llama {
 
     /// Queues the logits of `n` rows of the last pass, from `row` on, at most the head's rows.
     fn queue_logits(&self, session: &Session, row: usize, n: usize) -> Result<(), Error> {
-        self.queue_head(&session.work, &[row..row + n])
+        self.queue_head(&session.work, std::slice::from_ref(&(row..row + n)))
     }
 
     /// Queues the logits of these rows of the last pass, one range after the other, at most the head's rows.

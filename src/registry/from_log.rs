@@ -4,6 +4,7 @@
 //! ```text
 //! {"id", "time", "model", "adapter", "user", "messages": [{role, content}], "answer", "finish_reason", "shadow", ..}
 //! {"id", "time", "feedback": {"rating": 1 | 0 | -1, "correction": "text", "comment"}}
+//! {"id", "time", "model", "error": "code", ..}
 //! ```
 //!
 //! An answer that was corrected is trained on as corrected, wherever it stands: at the end of a row, or as an earlier
@@ -129,6 +130,7 @@ pub fn make(logs: &[PathBuf], options: &Options) -> Result<Made, Error> {
                     known.rating = new.rating.or(known.rating);
                     known.correction = new.correction.or(known.correction.take());
                 }
+                Some((_, Line::Failed)) => *left.entry("not answered").or_default() += 1,
                 None => *left.entry("line not understood").or_default() += 1,
             }
         }
@@ -220,6 +222,8 @@ impl Candidate {
 enum Line {
     Asked(Asked),
     Feedback(Feedback),
+    /// A request that was not answered.
+    Failed,
 }
 
 fn parse(line: &[u8]) -> Option<(String, Line)> {
@@ -239,6 +243,9 @@ fn parse(line: &[u8]) -> Option<(String, Line)> {
         let correction = correction.filter(|text| !text.trim().is_empty());
         return Some((id, Line::Feedback(Feedback { rating, correction })));
     }
+    if object.contains_key("error") {
+        return Some((id, Line::Failed));
+    }
     let message = |value: &Value| {
         let part = |key: &str| value.get(key)?.as_str().map(str::to_string);
         part("role").zip(part("content"))
@@ -247,6 +254,8 @@ fn parse(line: &[u8]) -> Option<(String, Line)> {
         object.get("messages")?.as_array()?.iter().map(message).collect::<Option<_>>()?;
     let finished = text("finish_reason").is_none_or(|reason| reason == "stop");
     let shadow = object.get("shadow").and_then(Value::as_bool).unwrap_or(false);
+    // A shadow answers what another has the id of.
+    let id = if shadow { format!("{id} (shadow)") } else { id };
     Some((id, Line::Asked(Asked { messages, answer: text("answer")?, finished, shadow })))
 }
 

@@ -52,7 +52,7 @@ impl Retrieval {
         Ok(Found { passages, best, question })
     }
 
-    /// The unit vector of a text, f32[width], embedded alone.
+    /// The unit vector of a text, `f32[width]`, embedded alone.
     pub fn embed(&self, text: &str) -> Result<Vec<f32>, Error> {
         let _turn = self.turn.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         self.embedder.embed_lines(&[text])

@@ -45,6 +45,7 @@ fn a_log_becomes_rows_and_what_is_left_out_is_told() {
     let turn = |role: &str, content: &str| json!({"role": role, "content": content});
     let long = "How do I reset the password of my account on the new portal";
     let lines = [
+        with(asked("1", "Where is the mill?", "Nowhere."), "shadow", json!(true)),
         asked("1", "Where is the mill?", "At the river."),
         asked("2", "Where is the inn?", "On the moon."),
         said("2", json!({"rating": -1, "correction": "At the bridge."})),
@@ -81,6 +82,7 @@ fn a_log_becomes_rows_and_what_is_left_out_is_told() {
         asked("17", &format!("Now, {long}?"), "By telephone."),
         said("99", json!({"rating": 1})),
         json!({"id": "18", "messages": "no list", "answer": "x"}),
+        json!({"id": "20", "time": 1.0, "model": "m", "arm": "n", "shadow": false, "error": "timeout"}),
         json!(["no object"]),
     ];
     let path = log(&place, "served.jsonl", &lines);
@@ -106,10 +108,10 @@ fn a_log_becomes_rows_and_what_is_left_out_is_told() {
     let left = json!({"answer not finished": 1, "asked before, answered otherwise": 1, "duplicate": 1,
         "holds a chat template's mark": 1, "holds a turn rated negative": 1, "id seen before": 1,
         "in the held-out set": 1, "line cut off": 1, "line not understood": 2, "near duplicate": 1,
-        "negative rating": 1, "no answer": 1, "roles out of order": 1, "shadow": 1});
+        "negative rating": 1, "no answer": 1, "not answered": 1, "roles out of order": 1, "shadow": 2});
     assert_eq!(made["left_out"], left);
     assert_eq!((&made["rows"], &made["corrected"], &made["redactions"]), (&6.into(), &1.into(), &2.into()));
-    assert_eq!((&made["interactions"], &made["feedback_without_interaction"]), (&17.into(), &1.into()), "{made}");
+    assert_eq!((&made["interactions"], &made["feedback_without_interaction"]), (&18.into(), &1.into()), "{made}");
     assert_eq!(
         (&made["kind"], &made["version"], &made["parents"][0]["role"]),
         (&"dataset".into(), &1.into(), &"log".into())
@@ -123,7 +125,7 @@ fn a_log_becomes_rows_and_what_is_left_out_is_told() {
     assert_eq!(made["rows"], 2, "{made}");
     let error = place.fails(&[&flags[..], &["--min-rating", "2", "--redact", "("]].concat());
     assert!(error.contains("no regular expression"), "{error}");
-    let none = log(&place, "none.jsonl", &lines[5..6]);
+    let none = log(&place, "none.jsonl", &lines[6..7]);
     let error = place.fails(&["data", "from-log", str(&none), "--out", str(&out), "--min-rating", "1"]);
     assert!(error.contains("would hold no row") && error.contains("not rated"), "{error}");
     let error = place.fails(&["data", "from-log", "/no/such.jsonl", "--out", str(&out)]);

@@ -207,24 +207,18 @@ impl Worker {
         // Those that continue come first.
         let mut order: Vec<usize> = (0..running.len()).filter(|&i| shares[i] > 0).collect();
         order.sort_by_key(|&i| running[i].is_reading());
-        let texts: Vec<(Vec<u32>, usize, usize, Option<usize>, usize)> = order
-            .iter()
-            .map(|&i| {
-                let r = &running[i];
-                let slot = r.adapter.as_ref().map(|adapter| adapter.slot);
-                (r.next_ids(shares[i]).to_vec(), r.read, r.rows.start, slot, r.wanted(shares[i]))
-            })
-            .collect();
-        let parts: Vec<Part> = texts
-            .iter()
-            .map(|(ids, begin, at, adapter, logits)| Part {
+        let texts: Vec<Vec<u32>> = order.iter().map(|&i| running[i].next_ids(shares[i]).to_vec()).collect();
+        let mut parts = Vec::with_capacity(order.len());
+        for (&i, ids) in order.iter().zip(&texts) {
+            let text = &running[i];
+            parts.push(Part {
                 ids,
-                begin: *begin,
-                at: *at,
-                adapter: *adapter,
-                logits: *logits,
-            })
-            .collect();
+                begin: text.read,
+                at: text.rows.start,
+                adapter: text.adapter.as_ref().map(|adapter| adapter.slot),
+                logits: text.wanted(shares[i]),
+            });
+        }
         let vocab = llama.config.vocab;
         let done = guarded(|| {
             llama.pass(batch, &parts, &mut |whose, logits| {

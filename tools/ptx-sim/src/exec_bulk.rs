@@ -222,7 +222,7 @@ impl Machine<'_> {
             if bytes == 0 {
                 continue;
             }
-            if bytes % 16 != 0 || i64::from(bytes) > MOST_BYTES {
+            if !bytes.is_multiple_of(16) || i64::from(bytes) > MOST_BYTES {
                 let message = format!("a bulk copy of {bytes} bytes; a multiple of 16 below 1 MiB is needed");
                 if !CHECK {
                     return fault(l, message);

@@ -127,7 +127,7 @@ impl Machine<'_> {
             format!("start {:#x} lies in a row of the 128-byte pattern other than the first", operand.start)
         } else if operand.swizzled && operand.start & 0x7f > 96 {
             format!("start {:#x}: 32 bytes of K cross the end of the 128-byte row", operand.start)
-        } else if operand.swizzled && operand.stride % 1024 != 0 {
+        } else if operand.swizzled && !operand.stride.is_multiple_of(1024) {
             format!("stride {} is no multiple of the pattern's 1024 bytes", operand.stride)
         } else {
             let last = (0..rows).map(|row| operand.at(row, 0).max(operand.at(row, 1))).max().unwrap_or(0);
@@ -151,7 +151,7 @@ impl Machine<'_> {
         exec: u32,
     ) -> Result<(), Fault> {
         let threads: u32 = self.ctx.block.iter().product();
-        if threads % 128 != 0 {
+        if !threads.is_multiple_of(128) {
             return fault(0, format!("a block of {threads} threads has no whole warpgroups of 128"));
         }
         let n = usize::from(wgmma.n);
