@@ -62,8 +62,12 @@ fn files() -> &'static Path {
         let device = handmill::device::open("cpu").unwrap();
         let model = Embedder::open(&at("words"), device, &LoadOptions::default()).unwrap();
         index::build(&at("idx"), &[at("docs")], &model, &index::Options::default(), &mut |_| true).unwrap();
-        // The last one overflows: whatever it answers fails.
-        for (seed, name, size) in [(2, "one", 0.3), (3, "two", 0.3), (4, "ill", 3e38)] {
+        index::build(&at("idx2"), &[at("docs").join("mill.md")], &model, &index::Options::default(), &mut |_| true)
+            .unwrap();
+        // `ill` overflows: whatever it answers fails.
+        let more = ["three", "four", "five", "six", "seven", "eight"];
+        let more = (5..).zip(more).map(|(seed, name)| (seed, name, 0.3));
+        for (seed, name, size) in [(2, "one", 0.3), (3, "two", 0.3), (4, "ill", 3e38)].into_iter().chain(more) {
             let targets = TARGETS.iter().map(|target| target.0).collect();
             let config = LoraConfig { r: 3, alpha: 6.0, rslora: false, dropout: 0.0, targets, base: None };
             let mut adapter = parameters::fresh(&Checkpoint::open(&at("tiny")).unwrap().config, config, seed);

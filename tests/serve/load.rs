@@ -8,27 +8,43 @@ use rand::RngExt;
 
 use super::*;
 
-const REQUESTS: usize = 200;
+const REQUESTS: usize = 2000;
 const CLIENTS: usize = 12;
+/// Kinds of requests: each with a model, a question, a seed and a length of its own.
+const KINDS: usize = 48;
 
 #[test]
 fn none_is_lost_and_none_is_mixed() {
-    let server = Running::start(&["--max-running", "6", "--max-waiting", "64"]);
-    let models = ["tiny", "one", "two", "tiny+docs", "two+docs"];
+    let mut flags: Vec<String> = ["--max-running", "6", "--max-waiting", "64"].map(String::from).to_vec();
+    for name in ["three", "four", "five", "six", "seven", "eight"] {
+        flags.extend(["--adapter".into(), format!("{name}={}", path(&format!("adapters/{name}")))]);
+    }
+    flags.extend(["--index".into(), format!("mill={}", path("idx2"))]);
+    let server = Running::start(&flags.iter().map(String::as_str).collect::<Vec<_>>());
+    let models =
+        ["tiny", "one", "two", "three", "four", "five", "six", "seven", "eight", "tiny+docs", "two+docs", "five+mill"];
     let questions = ["the mill grinds wheat", "the inn serves beer", "iron nails", "zzzz"];
     let body = |kind: usize, stream: bool| {
-        let (model, text) = (models[kind % 5], questions[kind / 5 % 4]);
+        let (model, text) = (models[kind % 12], questions[kind / 12 % 4]);
         let drawn = if kind.is_multiple_of(2) { 0.0 } else { 0.9 };
         question(model, text, json!({"temperature": drawn, "seed": kind, "max_tokens": 6 + kind % 3, "stream": stream}))
     };
-    let alone: HashMap<usize, String> = (0..20).map(|kind| (kind, server.chat(&body(kind, false)).chat())).collect();
+    let alone: HashMap<usize, String> = (0..KINDS).map(|kind| (kind, server.chat(&body(kind, false)).chat())).collect();
     let (next, wrong, answered, busy) =
         (AtomicUsize::new(0), Mutex::new(Vec::new()), AtomicUsize::new(0), AtomicUsize::new(0));
+    let early = Mutex::new(None);
     let client = |seed: u64| {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let header = "Content-Type: application/json\r\n";
-        while next.fetch_add(1, Ordering::SeqCst) < REQUESTS {
-            let kind = rng.random_range(0..20);
+        loop {
+            let place = next.fetch_add(1, Ordering::SeqCst);
+            if place >= REQUESTS {
+                break;
+            }
+            if place == REQUESTS / 4 {
+                *early.lock().unwrap() = resident_kib(&server);
+            }
+            let kind = rng.random_range(0..KINDS);
             let text = body(kind, rng.random_range(0..2) == 0).to_string();
             let what = rng.random_range(0..10);
             let nonsense = &text.as_bytes()[..rng.random_range(0..text.len())];
@@ -69,8 +85,18 @@ fn none_is_lost_and_none_is_mixed() {
     let wrong = wrong.into_inner().unwrap();
     assert!(wrong.is_empty(), "{} wrong, such as {}", wrong.len(), wrong[0]);
     assert!(answered.into_inner() > REQUESTS / 2 && busy.into_inner() == 0);
+    // Buffers, tables and threads are there after the first quarter: the rest of the requests leaves nothing behind.
+    if let (Some(early), Some(late)) = (early.into_inner().unwrap(), resident_kib(&server)) {
+        assert!(late < early + (8 << 10), "{early} KiB were resident, then {late}");
+    }
     server.until("those who left are let go", || {
         let status = server.status();
         status["running"] == 0 && status["waiting"] == 0
     });
+}
+
+/// Memory that the server has resident, where the system tells.
+fn resident_kib(server: &Running) -> Option<usize> {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", server.child.id())).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?.trim().strip_suffix(" kB")?.parse().ok()
 }
