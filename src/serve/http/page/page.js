@@ -73,21 +73,23 @@ async function answer(model, turn, card, signal) {
   card.classList.remove("live");
   for (const cited of citations || []) {
     const box = make("details");
-    box.append(make("summary", "", `[${cited.n}] ${cited.path}, lines ${cited.lines[0]} to ${cited.lines[1]}, ${cited.score.toFixed(2)}`), make("blockquote", "", cited.text));
+    box.append(make("summary", "", `[${cited.n}] ${cited.path}, ${cited.lines[0] === cited.lines[1] ? `line ${cited.lines[0]}` : `lines ${cited.lines[0]} to ${cited.lines[1]}`}, ${cited.score.toFixed(2)}`), make("blockquote", "", cited.text));
     meta.before(box);
   }
   const seconds = (performance.now() - began) / 1000;
   meta.append(make("span", "", `${seconds.toFixed(2)} s`));
   if (first) meta.append(make("span", "", `first after ${((first - began) / 1000).toFixed(2)} s`));
   if (usage) meta.append(make("span", "", `${usage.prompt_tokens} + ${usage.completion_tokens} tokens`));
+  const rates = make("span", "rates");
   if (id && whole) for (const [word, mark, label] of [["up", "+1", "Good answer"], ["down", "−1", "Bad answer"]]) {
     const button = make("button", "", mark);
     button.type = "button"; button.ariaLabel = label; button.ariaPressed = "false";
     button.onclick = () => ask("/v1/feedback", {method: "POST", body: JSON.stringify({id, rating: word})}).then(() => {
       for (const other of meta.querySelectorAll("button")) { other.ariaPressed = String(other === button); other.disabled = true; }
     }, error => fault(error.message));
-    meta.append(button);
+    rates.append(button);
   }
+  meta.append(rates);
 }
 
 $("ask").onsubmit = async event => {
