@@ -86,7 +86,8 @@ struct Init {
 /// Register a file or directory as the next version of a name
 ///
 /// Bytes that the name has already are the version that has them. Files of models are linked where the file system
-/// can, all else is copied; of an adapter its two files. An index is registered where it is, as it goes on changing.
+/// can, all else is copied; of an adapter its two files and the layout of its prompts. An index is registered where it
+/// is, as it goes on changing.
 /// With --json the entry, and added: false for bytes that were there.
 #[derive(Args)]
 struct Add {

@@ -18,7 +18,7 @@ use sha2::{Digest, Sha256};
 
 use super::Kind;
 use crate::error::{quote, Error};
-use crate::model::adapter::{hex, sha256};
+use crate::model::adapter::{hex, sha256, PROMPT};
 
 /// Files of an entry at most, and folders within folders.
 const MAX_FILES: usize = 100_000;
@@ -48,7 +48,9 @@ pub fn list(source: &Path, kind: Kind) -> Result<Vec<(String, PathBuf)>, Error> 
     }
     if kind == Kind::Adapter {
         // A run's directory holds its checkpoints and records too: they are no part of the adapter.
-        return Ok(["adapter_config.json", "adapter_model.safetensors"].map(|n| (n.into(), source.join(n))).into());
+        let layout = source.join(PROMPT).is_file().then_some(PROMPT);
+        let names = ["adapter_config.json", "adapter_model.safetensors"].into_iter().chain(layout);
+        return Ok(names.map(|name| (name.into(), source.join(name))).collect());
     }
     let (mut found, mut folders) = (Vec::new(), vec![(String::new(), source.to_path_buf(), 0)]);
     while let Some((prefix, folder, depth)) = folders.pop() {

@@ -35,6 +35,7 @@ fn versions_aliases_tags_and_lineage_go_round() {
     let data = place.json(&["registry", "add", "rows", str(&rows), "--tag", "source=hand"]);
     let identity = base["identity"].as_str().unwrap();
     adapter(&place.path("one"), 1, identity);
+    fs::write(place.path("one/handmill_prompt.json"), "{}").unwrap();
     let parent = ["--parent", "data=rows@1", "--alias", "champion"];
     let one = place.json(&[&["registry", "add", "support", str(&place.path("one"))][..], &parent].concat());
     assert_eq!(one["aliases"][0], "champion");
@@ -58,7 +59,7 @@ fn versions_aliases_tags_and_lineage_go_round() {
     place.json(&["registry", "export", "rows@1", str(&place.path("out"))]);
     assert_eq!(fs::read_to_string(place.path("out/rows.jsonl")).unwrap(), "{\"text\":\"a\"}\n");
     place.json(&["registry", "export", "support@champion", str(&place.path("adapter"))]);
-    for name in ["adapter_config.json", "adapter_model.safetensors"] {
+    for name in ["adapter_config.json", "adapter_model.safetensors", "handmill_prompt.json"] {
         assert_eq!(
             fs::read(place.path("adapter").join(name)).unwrap(),
             fs::read(place.path("one").join(name)).unwrap()
