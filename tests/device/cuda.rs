@@ -1,7 +1,7 @@
 //! The `cuda` device on a driver that runs launches on ptx-sim (`tests/fake-cuda`): each test is a run of the tool that
 //! finds that driver, or none, where it looks for the real one.
 
-use handmill::op::DeviceKind;
+use handmill::op::{DeviceKind, Kernel, Source};
 use handmill::ops::OPS;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -122,6 +122,18 @@ fn every_kernel_in_ptx_runs_through_the_driver() {
     assert_eq!(run.code, 0, "{}{}", run.stdout, run.stderr);
     let lines = run.lines();
     let kernels = OPS.iter().flat_map(|spec| spec.kernels()).filter(|kernel| DeviceKind::Cuda.runs(&kernel.source));
+    // What is written for one kind of card runs there, and nowhere else.
+    let for_hopper = |kernel: &Kernel| matches!(&kernel.source, Source::Ptx(file) if file.text.contains("sm_90a"));
+    let (hopper, kernels): (Vec<&Kernel>, Vec<&Kernel>) = kernels.partition(|kernel| for_hopper(kernel));
+    assert!(!hopper.is_empty());
+    for kernel in hopper {
+        assert!(run.calls(&format!("cuLaunchKernel {} ", kernel.stem)).is_empty(), "{}", kernel.stem);
+        let run = with_driver("hopper", None, &["verify", "--device", "cuda", "--json", "--kernel", kernel.stem]);
+        assert_eq!(run.code, 0, "{}{}", run.stdout, run.stderr);
+        let ok = run.lines().iter().filter(|line| line["status"] == "ok").count();
+        assert!(ok > 0, "{} ran on no case", kernel.stem);
+        assert_eq!(run.calls(&format!("cuLaunchKernel {} ", kernel.stem)).len(), ok, "{}", kernel.stem);
+    }
     for kernel in kernels {
         let ok = lines.iter().filter(|line| line["kernel"] == kernel.stem && line["status"] == "ok").count();
         assert!(ok > 0, "{} ran on no case", kernel.stem);

@@ -49,7 +49,7 @@ fn what_cannot_be_launched_is_refused_in_words() {
         (SYNTAX, &["double_f32_syntax", "tests/device.ptx:28", "add.f33"][..]),
         (GRID, &["a grid of [70000, 70000, 1]", "65535"]),
         (BLOCK, &["a block of [2048, 1, 1]", "1024 threads"]),
-        (SHARED, &["1048576 bytes of shared memory", "166912"]),
+        (SHARED, &["1048576 bytes of shared memory", "232448"]),
     ] {
         has(&launch_error(kernel).expect("a refusal"), words);
     }

@@ -2,12 +2,13 @@
 //! driver's place by tests, and refuses what a driver refuses: a thread without a context, a foreign address, a copy
 //! past an allocation, too much shared memory without opting in.
 //!
-//! The first stream after a context is retained works at once. On any other a copy from memory of `cuMemHostAlloc` waits until someone waits for it,
-//! and reads its source only then: a wait that is forgotten, or memory written too early, shows in the results.
+//! The first stream after a context is retained works at once. On any other a copy from memory of `cuMemHostAlloc` waits
+//! until someone waits for it, and reads its source only then: a wait that is forgotten, or memory written too early,
+//! shows in the results.
 //!
 //! `FAKE_CUDA` is a list of what to pretend, separated by commas: `old_driver`, `no_device`, `broken_driver`,
-//! `old_card`, `two_cards`, `no_pool`, `bytes=N` (the card's memory), `no_resources` (launches are refused), `idle`
-//! (launches do nothing), `only=STEM` (launches of other kernels do nothing). `FAKE_CUDA_LOG` names a file that each call
+//! `old_card`, `hopper`, `two_cards`, `no_pool`, `bytes=N` (the card's memory), `no_resources` (launches are
+//! refused), `idle` (launches do nothing), `only=STEM` (launches of other kernels do nothing). `FAKE_CUDA_LOG` names a file that each call
 //! adds a line to.
 
 mod memory;
@@ -215,10 +216,12 @@ unsafe extern "C" fn cuDeviceTotalMem_v2(bytes: *mut usize, _device: c_int) -> S
 
 #[no_mangle]
 unsafe extern "C" fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_uint, _device: c_int) -> Status {
+    let hopper = c_int::from(pretends("hopper").is_some());
     let answer = match attribute {
-        75 => 8 - c_int::from(pretends("old_card").is_some()), // major: 8, or 7
+        75 if pretends("old_card").is_some() => 7, // major
+        75 => 8 + hopper,
         76 => 0,
-        97 => ptx_sim::shared_limit(80) as c_int,
+        97 => ptx_sim::shared_limit(80 + 10 * hopper as u32) as c_int,
         115 => c_int::from(pretends("no_pool").is_none()),
         _ => return done(INVALID_VALUE, format_args!("cuDeviceGetAttribute {attribute}")),
     };
