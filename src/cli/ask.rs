@@ -181,8 +181,10 @@ impl Ask {
 
     /// The layout that the adapter was trained with, else the usual one, and what flags say otherwise.
     fn layout(&self) -> Result<Layout> {
-        let trained = self.adapter.adapter.as_deref().map(Layout::of_adapter).transpose()?.flatten();
-        let mut layout = trained.unwrap_or_default();
+        let mut layout = Layout::default();
+        if let Some(adapter) = &self.adapter.adapter {
+            layout = Layout::of_adapter(&resolve(Kind::Adapter, adapter)?)?.unwrap_or_default();
+        }
         layout.passages = self.k.unwrap_or(layout.passages);
         if let Some(instruction) = &self.instruction {
             layout.instruction.clone_from(instruction);

@@ -40,7 +40,7 @@ pub fn layout(rows: &[TrainRow], instruction: Option<&str>, passages: usize) -> 
     });
     let first = said.next().flatten();
     let instruction = first.filter(|_| said.all(|other| other == first)).unwrap_or_default();
-    Layout { instruction: instruction.trim_end().to_string(), numbered: false, headings: false, passages }
+    Layout { instruction: instruction.trim_end().to_string(), numbered: false, headings: true, passages }
 }
 
 /// The ids of a prompt that ends where the reply begins: in the model's chat template, each example two turns before
@@ -74,6 +74,7 @@ pub fn ids(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::retrieve::index::Passage;
 
     #[test]
     fn a_message_has_its_parts_in_order() {
@@ -92,6 +93,15 @@ mod tests {
         assert_eq!(of(&[row("Do."), TrainRow::Plain("{}".into()), row("Do.")]), "Do.");
         assert_eq!(of(&[row("Do."), row("Else.")]), "");
         assert_eq!(layout(&[], Some("Do."), 3).instruction, "");
+    }
+
+    #[test]
+    fn the_layout_is_that_of_the_message() {
+        let passage =
+            Passage { score: 0.5, path: "p".into(), lines: (1, 2), heading: "A > B".into(), text: "x\ny".into() };
+        let asked = message(None, &[passage.note()], "q", &[]);
+        assert!(layout(&[], None, 1).headings && !layout(&[], None, 1).numbered);
+        assert!(asked.contains(&note(None, &passage.heading, &passage.text, &[])), "{asked}");
     }
 
     #[test]

@@ -46,6 +46,10 @@ impl Device for Invariant {
         self.inner.write(target, offset, source)
     }
 
+    fn write_ahead(&self, target: &Buffer, offset: usize, source: &[u8]) -> Result<()> {
+        self.inner.write_ahead(target, offset, source)
+    }
+
     fn read(&self, source: &Buffer, offset: usize, target: &mut [u8]) -> Result<()> {
         self.inner.read(source, offset, target)
     }
