@@ -69,6 +69,23 @@ impl Error {
         Error::file(path, format!("line {line} column {column}: {}", shorten(said, 320)))
     }
 
+    /// An [`Error::File`] for what SQLite says of a database; `mend` is what to do where it is damaged.
+    pub fn sqlite(path: &Path, error: &rusqlite::Error, mend: &str) -> Error {
+        use rusqlite::ErrorCode;
+        let said = quote(&error.to_string());
+        let what = match error.sqlite_error_code() {
+            Some(ErrorCode::DiskFull) => "the disk is full: make room and run the command again".into(),
+            Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
+                "is being changed by another program: try again".into()
+            }
+            Some(ErrorCode::CannotOpen | ErrorCode::ReadOnly | ErrorCode::PermissionDenied) => {
+                format!("cannot be opened ({said}): check its permissions")
+            }
+            _ => format!("is damaged ({said}): {mend}"),
+        };
+        Error::file(path, what)
+    }
+
     /// An [`Error::Tensor`]; `name` may be anything a file claims, and is quoted.
     pub fn tensor(path: &Path, name: &str, what: impl Into<String>) -> Error {
         Error::Tensor { path: path.to_path_buf(), name: quote(name), what: what.into() }

@@ -6,17 +6,16 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
 use anyhow::Result;
-use clap::{Args, ValueEnum};
+use clap::Args;
 use handmill::compare::stages::file_sha256;
-use handmill::compare::{self, report, Config, Halt, Recipe};
-use handmill::quant::Format;
+use handmill::compare::{self, report, Config, Halt};
 use handmill::registry::entries::Source;
 use handmill::registry::record::Product;
 use handmill::registry::Kind;
-use handmill::train::optimizer::Schedule;
 use serde_json::Value;
 
 use self::show::Display;
+use super::recipe::{Quant, RecipeFlags};
 use super::register::model_hash;
 use super::registry::directory;
 use super::{
@@ -95,39 +94,8 @@ pub struct Compare {
     /// Train two adapters: lora's on bare rows, lora_rag's on rows with passages
     #[arg(long)]
     two_adapters: bool,
-    /// Training steps
-    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
-    steps: u32,
-    /// Rows of a step
-    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=65536))]
-    batch: u32,
-    /// Largest learning rate
-    #[arg(long, value_name = "RATE", default_value_t = 5e-4)]
-    lr: f64,
-    /// How it changes after the warm-up: constant, linear, cosine
-    #[arg(long, value_name = "NAME", default_value = "linear")]
-    schedule: Schedule,
-    /// Steps it rises for [default: a tenth of all]
-    #[arg(long, value_name = "N")]
-    warmup: Option<usize>,
-    /// AdamW's decay of the weights
-    #[arg(long, value_name = "SHARE", default_value_t = 0.01)]
-    weight_decay: f64,
-    /// Largest norm of the gradient; 0 for none
-    #[arg(long, value_name = "NORM", default_value_t = 1.0)]
-    grad_clip: f64,
-    /// The adapter's rank
-    #[arg(long, value_name = "R", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1024))]
-    r: u32,
-    /// Its strength: it is scaled by alpha/r
-    #[arg(long, value_name = "ALPHA", default_value_t = 16.0)]
-    alpha: f64,
-    /// Tokens of a training row; longer ones are cut
-    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(2..))]
-    max_len: u32,
-    /// Memory for activations kept from the forward to the backward pass
-    #[arg(long, value_name = "MIB", default_value_t = 288)]
-    keep_activations: usize,
+    #[command(flatten)]
+    recipe: RecipeFlags,
     /// Quantize the layers' weights first, for every arm (QLoRA)
     #[arg(long, value_enum, default_value = "none")]
     quant: Quant,
@@ -146,15 +114,6 @@ pub struct Compare {
     precision: Precision,
     #[command(flatten)]
     common: Common,
-}
-
-#[derive(Clone, Copy, PartialEq, ValueEnum)]
-enum Quant {
-    None,
-    Q8,
-    Q4,
-    Nf4,
-    Nf4dq,
 }
 
 impl Compare {
@@ -215,20 +174,8 @@ impl Compare {
 
     fn config(&self) -> Result<Config> {
         let usage = |what: &str| Err(Usage(what.into()).into());
-        if !(self.lr.is_finite() && self.lr > 0.0) {
-            return usage("--lr is a number above 0");
-        }
         if !(0.0..=1.0).contains(&self.context_share) {
             return usage("--context-share is a share from 0 to 1");
-        }
-        if !(0.0..1.0).contains(&self.weight_decay) {
-            return usage("--weight-decay is a share of at least 0 and below 1");
-        }
-        if !(self.grad_clip.is_finite() && self.grad_clip >= 0.0) {
-            return usage("--grad-clip is a norm, or 0 for none");
-        }
-        if !(self.alpha.is_finite() && self.alpha > 0.0) {
-            return usage("--alpha is a number above 0");
         }
         if self.max_forgetting.is_some_and(|limit| limit.is_nan()) {
             return usage("--max-forgetting is a number of nats");
@@ -240,7 +187,6 @@ impl Compare {
         if self.out.is_file() {
             return usage("--out is a file: name a directory");
         }
-        let steps = self.steps as usize;
         Ok(Config {
             model: self.model.path()?,
             embed_model: resolve(Kind::Model, &self.embed_model)?,
@@ -259,26 +205,8 @@ impl Compare {
             limit: self.limit.map(|limit| limit as usize),
             context_share: self.context_share,
             separate: self.two_adapters,
-            recipe: Recipe {
-                r: self.r as usize,
-                alpha: self.alpha,
-                steps,
-                rows: self.batch as usize,
-                lr: self.lr,
-                schedule: self.schedule,
-                warmup: self.warmup.unwrap_or(steps.div_ceil(10)),
-                weight_decay: self.weight_decay,
-                grad_clip: self.grad_clip,
-                max_len: self.max_len as usize,
-                keep_activations: self.keep_activations << 20,
-            },
-            quant: match self.quant {
-                Quant::None => None,
-                Quant::Q8 => Some(Format::Q8 { group: 32, wide: false, affine: false }),
-                Quant::Q4 => Some(Format::Q4 { group: 32, wide: false }),
-                Quant::Nf4 => Some(Format::Nf4),
-                Quant::Nf4dq => Some(Format::Nf4Dq),
-            },
+            recipe: self.recipe.recipe()?,
+            quant: self.quant.format(),
             bf16: self.precision.bf16,
             retention: self.retention.clone(),
             max_forgetting: self.max_forgetting,

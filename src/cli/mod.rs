@@ -15,6 +15,7 @@ mod generate;
 mod index;
 mod promote;
 mod quantize;
+mod recipe;
 mod register;
 mod registry;
 mod search;

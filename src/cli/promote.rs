@@ -15,6 +15,7 @@ use handmill::registry::{names, Kind, Registry};
 use indicatif::ProgressBar;
 use serde_json::{json, Value};
 
+use super::recipe::Quant;
 use super::registry::open;
 use super::{note, print_json, resolve, stop_on_interrupt, ChecksFailed, Common, Interrupted, Usage};
 
@@ -98,29 +99,6 @@ enum MetricWord {
     #[value(name = "exact_match", alias = "exact-match")]
     ExactMatch,
     F1,
-}
-
-/// In how many bits the base's layers are.
-#[derive(Clone, Copy, PartialEq, ValueEnum)]
-pub enum Quant {
-    None,
-    Q8,
-    Q4,
-    Nf4,
-    Nf4dq,
-}
-
-impl Quant {
-    /// The format of the layers' weights.
-    pub fn format(self) -> Option<Format> {
-        match self {
-            Quant::None => None,
-            Quant::Q8 => Some(Format::Q8 { group: 32, wide: false, affine: false }),
-            Quant::Q4 => Some(Format::Q4 { group: 32, wide: false }),
-            Quant::Nf4 => Some(Format::Nf4),
-            Quant::Nf4dq => Some(Format::Nf4Dq),
-        }
-    }
 }
 
 impl GateFlags {

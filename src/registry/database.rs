@@ -169,17 +169,5 @@ fn wrong(path: &Path, what: impl std::fmt::Display) -> Error {
 
 /// SQLite's fault in words that name the file.
 fn fault(path: &Path, error: &rusqlite::Error) -> Error {
-    use rusqlite::ErrorCode;
-    let said = quote(&error.to_string());
-    let what = match error.sqlite_error_code() {
-        Some(ErrorCode::DiskFull) => "the disk is full: make room and run the command again".into(),
-        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
-            "is being changed by another program: try again".into()
-        }
-        Some(ErrorCode::CannotOpen | ErrorCode::ReadOnly | ErrorCode::PermissionDenied) => {
-            format!("cannot be opened ({said}): check its permissions")
-        }
-        _ => format!("is damaged ({said}): take it from a backup"),
-    };
-    Error::file(path, what)
+    Error::sqlite(path, error, "take it from a backup")
 }

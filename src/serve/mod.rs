@@ -8,7 +8,6 @@ pub mod capture;
 pub mod drift;
 pub mod engine;
 pub mod http;
-pub mod intervals;
 pub mod job;
 pub mod retrieval;
 pub mod tally;
