@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! for each shape, for each kernel that supports it here:
-//!     make inputs whose results the oracle knows for every element          inputs.rs
+//!     make inputs whose results the oracle knows for every element          inputs.rs, whole.rs
 //!     launch once, hold the outputs against it
 //!     fill as many sets of buffers as outlast the last-level cache          measure.rs
 //!     warm up, sample by the device's clock, median with p20 and p80
@@ -17,6 +17,8 @@ pub mod report;
 pub mod roofline;
 pub mod row;
 pub mod shapes;
+mod tiles;
+mod whole;
 
 use std::path::PathBuf;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -204,19 +206,22 @@ impl<'a> Bench<'a> {
             return Ok(rows);
         }
         if !self.device.caps().software {
-            let (timing, bytes) = roofline::copy(self.device)?;
-            self.roof.bytes_per_s = Some(bytes / timing.least);
-            let row = Row { kind: Kind::Roofline, op: "roofline".into(), kernel: "copy".into(), ..self.row() };
-            let case = format!("{} MiB", bytes as u64 >> 21);
-            let datasheet = self.card.map(|card| bytes / timing.least / 1e9 / card.gb_per_s);
-            rows.push(Row {
-                case,
-                cold: true,
-                gb_per_s: Some(bytes / timing.least / 1e9),
-                bytes: Some(bytes as u64),
-                datasheet_fraction: datasheet,
-                ..timed(row, &timing)
-            });
+            let (copied, read) = (roofline::copy(self.device)?, roofline::read(self.device)?);
+            for (what, (timing, bytes)) in [("copy", copied)].into_iter().chain(read.map(|read| ("read", read))) {
+                let speed = bytes / timing.least;
+                self.roof.bytes_per_s = Some(self.roof.bytes_per_s.map_or(speed, |before| before.max(speed)));
+                let row = Row { kind: Kind::Roofline, op: "roofline".into(), kernel: what.into(), ..self.row() };
+                // A copy's bytes are read and written.
+                let size = bytes as u64 >> if what == "copy" { 21 } else { 20 };
+                rows.push(Row {
+                    case: format!("{size} MiB"),
+                    cold: true,
+                    gb_per_s: Some(speed / 1e9),
+                    bytes: Some(bytes as u64),
+                    datasheet_fraction: self.card.map(|card| speed / 1e9 / card.gb_per_s),
+                    ..timed(row, &timing)
+                });
+            }
             for act in [Dtype::F32, Dtype::BF16] {
                 let Some((stem, timing, flops)) = roofline::matmul(self.device, act, &roofline::FORMATS)? else {
                     continue;
@@ -234,6 +239,19 @@ impl<'a> Bench<'a> {
                     flops: Some(flops as u64),
                     act: Some(act.name().into()),
                     datasheet_fraction: datasheet,
+                    ..timed(row, &timing)
+                });
+            }
+            for factors in [Dtype::BF16, Dtype::I8] {
+                let Some((timing, operations)) = roofline::tiles(self.device, factors)? else { continue };
+                let speed = operations / timing.least;
+                self.roof.flops_per_s.push((factors, speed, "tiles"));
+                let row = Row { kind: Kind::Roofline, op: "roofline".into(), kernel: "tiles".into(), ..self.row() };
+                rows.push(Row {
+                    case: format!("registers {}", factors.name()),
+                    tflop_per_s: Some(speed / 1e12),
+                    flops: Some(operations as u64),
+                    act: Some(factors.name().into()),
                     ..timed(row, &timing)
                 });
             }
@@ -333,10 +351,11 @@ impl<'a> Bench<'a> {
             row.gb_per_s = Some(cost.bytes as f64 / timing.median / 1e9);
             row.tflop_per_s = (cost.flops > 0).then(|| cost.flops as f64 / timing.median / 1e12);
             // The limit that was measured is memory's: of operands in a cache it says nothing.
-            if let (true, Some((least, memory))) = (cold, self.roof.least(cost, act)) {
+            let factors = roofline::factors(spec, act);
+            if let (true, Some((least, memory))) = (cold, self.roof.least(cost, factors)) {
                 row.roofline_fraction = Some(least / timing.median);
                 row.bound = Some(if memory { "memory" } else { "compute" }.into());
-                row.datasheet_fraction = self.card.map(|card| Roof::least_by(card, cost, act) / timing.median);
+                row.datasheet_fraction = self.card.map(|card| Roof::least_by(card, cost, factors) / timing.median);
             }
         }
         Ok(row)

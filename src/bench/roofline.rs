@@ -6,9 +6,10 @@ use std::time::Instant;
 use rayon::prelude::*;
 
 use super::measure::{self, Timing};
+use super::tiles;
 use crate::device::{Buffer, Device, Result};
-use crate::op::{Cost, DeviceKind, OpSpec};
-use crate::ops::OPS;
+use crate::op::{ArgType, Cost, DeviceKind, OpSpec, Simd};
+use crate::ops::{self, OPS};
 use crate::tensor::Dtype;
 use crate::verify;
 
@@ -17,6 +18,10 @@ const LONG_ENOUGH: f64 = 0.3;
 /// Least bytes of a buffer that is copied, and most.
 const COPY_BYTES: usize = 128 << 20;
 const COPY_MOST: usize = 512 << 20;
+/// Blocks that read a card's memory at once: enough for every processor to have several.
+const READERS: usize = 4096;
+/// A sample of tiles' products is about a millisecond.
+const TURNS: u64 = 1 << 15;
 /// M, N and K of the product that is timed, and of the larger one where that is too little work.
 const CUBE: usize = 1024;
 const LARGE_CUBE: usize = 4096;
@@ -71,31 +76,43 @@ pub fn datasheet(name: &str) -> Option<&'static Card> {
     CARDS.iter().find(|card| card.words.iter().all(|word| has(word)))
 }
 
-/// The measured limits of a device, each the best of its samples: other work on the machine only lowers them. A kernel
-/// may still be beyond one: a copy writes as much as it reads, and on a CPU also reads what it writes.
+/// The measured limits of a device, each the best of its samples: other work on the machine only lowers them.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Roof {
-    /// Bytes a second, read and written.
+    /// Bytes a second: the faster of a copy, which on a CPU also reads what it writes, and of reading alone.
     pub bytes_per_s: Option<f64>,
-    /// For each type of activations, the operations a second of the fastest product, and the kernel's name.
+    /// For each type of factors, the operations a second of the fastest product, and what computed it.
     pub flops_per_s: Vec<(Dtype, f64, &'static str)>,
 }
 
 impl Roof {
-    /// The least time that a cost can take with activations of type `act`, in seconds, and whether memory decides it.
-    pub fn least(&self, cost: Cost, act: Dtype) -> Option<(f64, bool)> {
+    /// The least time that a cost can take with factors of type `factors`, in seconds, and whether memory decides it.
+    /// Where no product of that type was timed nothing is known of arithmetic, and memory alone counts: another type's
+    /// products limit nothing.
+    pub fn least(&self, cost: Cost, factors: Dtype) -> Option<(f64, bool)> {
         let memory = cost.bytes as f64 / self.bytes_per_s?;
-        // Of a type whose products were not timed, the fastest of the others is the limit.
-        let of_act = self.flops_per_s.iter().find(|(dtype, ..)| *dtype == act);
-        let fastest = self.flops_per_s.iter().max_by(|a, b| a.1.total_cmp(&b.1));
-        let compute = of_act.or(fastest).map_or(0.0, |(_, flops, _)| cost.flops as f64 / flops);
+        let of_type = self.flops_per_s.iter().find(|(dtype, ..)| *dtype == factors);
+        let compute = of_type.map_or(0.0, |(_, flops, _)| cost.flops as f64 / flops);
         Some((memory.max(compute), memory >= compute))
     }
 
-    /// The same by the datasheet: tensor cores for narrow activations, plain arithmetic for f32.
-    pub fn least_by(card: &Card, cost: Cost, act: Dtype) -> f64 {
-        let flops = if act == Dtype::F32 { card.f32 } else { card.bf16 };
+    /// The same by the datasheet: tensor cores for narrow factors, plain arithmetic for f32, memory alone for codes.
+    pub fn least_by(card: &Card, cost: Cost, factors: Dtype) -> f64 {
+        let flops = match factors {
+            Dtype::F32 => card.f32,
+            Dtype::BF16 => card.bf16,
+            _ => f64::INFINITY,
+        };
         (cost.bytes as f64 / card.gb_per_s / 1e9).max(cost.flops as f64 / flops / 1e12)
+    }
+}
+
+/// The type of what a kernel multiplies, as limits know it: codes by codes, f16 as fast as bf16.
+pub fn factors(spec: &OpSpec, act: Dtype) -> Dtype {
+    match spec.args[0].dtype {
+        ArgType::Is(Dtype::I8) => Dtype::I8,
+        _ if act == Dtype::F16 => Dtype::BF16,
+        _ => act,
     }
 }
 
@@ -113,9 +130,7 @@ fn samples(work: &mut dyn FnMut() -> Result<f64>) -> Result<Timing> {
 /// kernels do.
 pub fn copy(device: &dyn Device) -> Result<(Timing, f64)> {
     let cpu = device.caps().kind == DeviceKind::Cpu;
-    let cache = cache_bytes(device).unwrap_or(0);
-    // Both buffers together are more than the caches hold.
-    let bytes = cache.clamp(COPY_BYTES, COPY_MOST).min(room(device) / 4).next_multiple_of(4);
+    let bytes = copy_bytes(device);
     let timing = if cpu {
         let (from, mut to) = (vec![1u8; bytes], vec![0u8; bytes]);
         let piece = bytes.div_ceil(rayon::current_num_threads());
@@ -129,6 +144,50 @@ pub fn copy(device: &dyn Device) -> Result<(Timing, f64)> {
         samples(&mut || device.time(&mut || device.copy(&from, 0, &to, 0, bytes)))?
     };
     Ok((timing, 2.0 * bytes as f64))
+}
+
+/// Bytes of each of the two buffers of a copy: together they are more than the caches hold.
+fn copy_bytes(device: &dyn Device) -> usize {
+    let cache = cache_bytes(device).unwrap_or(0);
+    cache.clamp(COPY_BYTES, COPY_MOST).min(room(device) / 4).next_multiple_of(8)
+}
+
+/// The time of reading as many bytes as a copy reads and writes, and their number: on the CPU a sum by all threads,
+/// elsewhere `squared_norm`. None where no kernel of that runs.
+pub fn read(device: &dyn Device) -> Result<Option<(Timing, f64)>> {
+    if device.caps().kind == DeviceKind::Cpu {
+        let words = vec![1u64; 2 * copy_bytes(device) / 8];
+        let piece = words.len().div_ceil(rayon::current_num_threads());
+        let timing = samples(&mut || {
+            let start = Instant::now();
+            let sum = |piece: &[u64]| piece.iter().fold(0, |sum: u64, word| sum.wrapping_add(*word));
+            std::hint::black_box(words.par_chunks(piece).map(sum).sum::<u64>());
+            Ok(start.elapsed().as_secs_f64())
+        })?;
+        return Ok(Some((timing, 8.0 * words.len() as f64)));
+    }
+    let spec = ops::find("squared_norm", "f32");
+    let count = (2 * copy_bytes(device)).min(device.caps().max_binding) / 4;
+    let dims = spec.dims(&[count, READERS], &[]);
+    let Some(kernel) = spec.choose(&dims, Dtype::F32, device.caps()) else { return Ok(None) };
+    let (x, part) = (device.alloc(4 * count)?, device.alloc(4 * READERS)?);
+    device.write(&x, 0, bytemuck::cast_slice(&vec![1.0f32; count]))?;
+    let timing = samples(&mut || device.time(&mut || device.launch(spec, kernel, &[&x, &part], &dims)))?;
+    Ok(Some((timing, (spec.cost)(&dims).bytes as f64)))
+}
+
+/// The time of products of AMX tiles with factors of a type, and their operations. None where there are none.
+pub fn tiles(device: &dyn Device, factors: Dtype) -> Result<Option<(Timing, f64)>> {
+    if device.caps().kind != DeviceKind::Cpu || device.caps().simd != Simd::Amx {
+        return Ok(None);
+    }
+    let Some(operations) = tiles::products(factors, 1) else { return Ok(None) };
+    let timing = samples(&mut || {
+        let start = Instant::now();
+        tiles::products(factors, TURNS);
+        Ok(start.elapsed().as_secs_f64())
+    })?;
+    Ok(Some((timing, (operations * TURNS) as f64)))
 }
 
 /// The fastest product with activations of a type and weights of some formats: its kernel, time and operations. None
@@ -292,8 +351,8 @@ mod tests {
         let roof = Roof { bytes_per_s: Some(1e9), flops_per_s: vec![(Dtype::F32, 1e10, "x")] };
         assert_eq!(roof.least(Cost { flops: 1, bytes: 2_000_000_000 }, Dtype::F32), Some((2.0, true)));
         assert_eq!(roof.least(Cost { flops: 40_000_000_000, bytes: 1 }, Dtype::F32), Some((4.0, false)));
-        let of_others = roof.least(Cost { flops: 20_000_000_000, bytes: 1 }, Dtype::BF16);
-        assert_eq!(of_others, Some((2.0, false)), "products of this type were not timed");
+        let of_others = roof.least(Cost { flops: 20_000_000_000, bytes: 1_000_000_000 }, Dtype::BF16);
+        assert_eq!(of_others, Some((1.0, true)), "products of this type were not timed, and may be faster than f32's");
         assert_eq!(Roof::default().least(Cost { flops: 1, bytes: 1 }, Dtype::F32), None);
     }
 }

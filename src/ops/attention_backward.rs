@@ -45,7 +45,7 @@ pub static ATTENTION_STATS: OpSpec = OpSpec {
     oracle: stats_oracle,
     cost: |d| {
         let rows = 3 * d["M"] * d["H"] * d["D"] + d["C"] * d["KV"] * d["D"];
-        Cost { flops: 2 * pairs(d), bytes: (4 * rows + 16 * d["M"] * d["H"]) as u64 }
+        Cost { flops: 2 * pairs(d), bytes: (4 * rows + 8 * d["M"] * (d["H"] + 1)) as u64 }
     },
     tolerance: Tolerance {
         roundings: |d| (d["D"] as f64).sqrt() + (d["C"] as f64).sqrt() + 8.0,
@@ -81,7 +81,7 @@ pub static ATTENTION_BACKWARD: OpSpec = OpSpec {
     oracle,
     cost: |d| {
         let rows = 3 * d["M"] * d["H"] * d["D"] + 4 * d["C"] * d["KV"] * d["D"];
-        Cost { flops: 10 * pairs(d), bytes: (4 * rows + 16 * d["M"] * d["H"]) as u64 }
+        Cost { flops: 10 * pairs(d), bytes: (4 * rows + 8 * d["M"] * (d["H"] + 1)) as u64 }
     },
     tolerance: Tolerance {
         roundings: |d| (d["D"] as f64).sqrt() + (d["C"].max(d["M"] * d["H"] / d["KV"]) as f64).sqrt() + 8.0,

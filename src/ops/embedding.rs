@@ -138,10 +138,11 @@ fn oracle(word: &str, d: &Dims, args: &[HostTensor]) -> Vec<Expected> {
     vec![Expected { value, magnitude }]
 }
 
-/// Every id once, a row of the table read and a row of y written for each.
+/// Every id once, and for each a row of y written and a row of the table read, but none twice.
 fn cost(word: &str, d: &Dims) -> Cost {
-    let row = weight_bytes(word, d) / d["N"].max(1);
-    Cost { flops: 0, bytes: (d["M"] * (4 + row + 4 * d["K"])) as u64 }
+    let (m, n) = (d["M"], d["N"]);
+    let row = weight_bytes(word, d) / n.max(1);
+    Cost { flops: 0, bytes: (m * (4 + 4 * d["K"]) + m.min(n) * row) as u64 }
 }
 
 /// CPU: a row after another, decoded where it lies; never more than a few hundred rows, so one thread.

@@ -29,10 +29,11 @@ pub static LORA_EXPAND: OpSpec = OpSpec {
         inout("y", ArgType::Is(Dtype::F32), &["M", "LDY"], Fill::Normal),
     ],
     oracle,
-    // Counted as if every token had an adapter of rank R.
+    // Counted as if every token had an adapter of rank R, another one each as long as there are others.
     cost: |d| {
         let (m, n, r) = (d["M"], d["N"], d["R"]);
-        Cost { flops: (2 * m * n * (r + 1)) as u64, bytes: (4 * (2 * m * n + d["T"] * n + m * r)) as u64 }
+        let met = d["T"].min(m * r);
+        Cost { flops: (2 * m * n * (r + 1)) as u64, bytes: (4 * (2 * m * n + met * n + m * r)) as u64 }
     },
     tolerance: Tolerance {
         roundings: |d| (d["R"] as f64).sqrt() + 3.0,

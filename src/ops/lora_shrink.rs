@@ -28,10 +28,11 @@ pub static LORA_SHRINK: OpSpec = OpSpec {
         output("s", ArgType::Is(Dtype::F32), &["M", "R"]),
     ],
     oracle,
-    // Counted as if every token had an adapter of rank R.
+    // Counted as if every token had an adapter of rank R, another one each as long as there are others.
     cost: |d| {
         let (m, k, r) = (d["M"], d["K"], d["R"]);
-        Cost { flops: (2 * m * k * r) as u64, bytes: (4 * (m * k + d["T"] * k + m * r)) as u64 }
+        let met = d["T"].min(m * r);
+        Cost { flops: (2 * m * k * r) as u64, bytes: (4 * (m * k + met * k + m * r)) as u64 }
     },
     tolerance: Tolerance {
         roundings: |d| (d["K"] as f64).sqrt() + 2.0,

@@ -40,7 +40,7 @@ fn color(family: usize) -> RGBColor {
 
 /// Operations a byte and operations a second of each kernel, and the device's limits. None without both.
 pub fn roofline(rows: &[&Row]) -> Option<String> {
-    let copy = rows.iter().find(|row| row.kind == Kind::Roofline && row.kernel == "copy")?.gb_per_s?;
+    let memory = memory(rows)?;
     let peaks: Vec<(f64, &str)> = rows
         .iter()
         .filter(|row| row.kind == Kind::Roofline)
@@ -55,18 +55,18 @@ pub fn roofline(rows: &[&Row]) -> Option<String> {
         })
         .collect();
     let peak = peaks.iter().map(|(peak, _)| *peak).fold(0.0, f64::max);
-    if points.is_empty() || peak <= 0.0 || copy <= 0.0 {
+    if points.is_empty() || peak <= 0.0 || memory <= 0.0 {
         return None;
     }
-    let xs = points.iter().map(|p| p.0).chain([peak / copy]);
+    let xs = points.iter().map(|p| p.0).chain([peak / memory]);
     let (left, right) = widened(xs);
     let (low, high) = widened(points.iter().map(|p| p.1).chain([peak]));
     let mut svg = String::new();
     draw(&mut svg, (left, right), (low, high), "operations a byte", "GFLOP/s", &|chart| {
-        let roof = |x: f64, peak: f64| (x, (x * copy).min(peak));
+        let roof = |x: f64, peak: f64| (x, (x * memory).min(peak));
         for (peak, _) in &peaks {
-            let knee = (peak / copy).clamp(left, right);
-            let line = [roof(left.max(low / copy), *peak), roof(knee, *peak), roof(right, *peak)];
+            let knee = (peak / memory).clamp(left, right);
+            let line = [roof(left.max(low / memory), *peak), roof(knee, *peak), roof(right, *peak)];
             chart.draw_series(LineSeries::new(line, INK.stroke_width(2)))?;
         }
         for &(x, y, family) in &points {
@@ -74,34 +74,43 @@ pub fn roofline(rows: &[&Row]) -> Option<String> {
         }
         Ok(())
     })?;
-    let label = format!("{} kernels under the measured roofline of {copy:.0} GB/s and {peak:.0} GFLOP/s", points.len());
+    let label =
+        format!("{} kernels under the measured roofline of {memory:.0} GB/s and {peak:.0} GFLOP/s", points.len());
     Some(themed(&svg, &label))
 }
 
-/// Bytes a second over the least bytes of each kernel that moves more than it computes, and the copy's.
+/// Bytes a second of the faster of copying and reading; none where no copy was measured.
+fn memory(rows: &[&Row]) -> Option<f64> {
+    let of = |what: &str| rows.iter().find(|row| row.kind == Kind::Roofline && row.kernel == what)?.gb_per_s;
+    of("copy").map(|copy| of("read").map_or(copy, |read| copy.max(read)))
+}
+
+/// Bytes a second over the least bytes of each kernel that moves more than it computes, and memory's.
 pub fn bandwidth(rows: &[&Row]) -> Option<String> {
-    let copy = rows.iter().find(|row| row.kind == Kind::Roofline && row.kernel == "copy")?.gb_per_s?;
+    let memory = memory(rows)?;
     let points: Vec<(f64, f64, usize)> = rows
         .iter()
         .filter(|row| row.kind == Kind::Kernel && row.bound.as_deref() == Some("memory"))
         .filter_map(|row| Some((row.bytes? as f64 / 1e6, row.gb_per_s?, family(&row.op))))
         .filter(|(x, y, _)| *x > 0.0 && *y > 0.0)
         .collect();
-    if points.is_empty() || copy <= 0.0 {
+    if points.is_empty() || memory <= 0.0 {
         return None;
     }
     let (left, right) = widened(points.iter().map(|p| p.0));
-    let (low, high) = widened(points.iter().map(|p| p.1).chain([copy]));
+    let (low, high) = widened(points.iter().map(|p| p.1).chain([memory]));
     let mut svg = String::new();
     draw(&mut svg, (left, right), (low, high), "least megabytes of a launch", "GB/s", &|chart| {
-        chart.draw_series(LineSeries::new([(left, copy), (right, copy)], INK.stroke_width(2)))?;
+        chart.draw_series(LineSeries::new([(left, memory), (right, memory)], INK.stroke_width(2)))?;
         for &(x, y, family) in &points {
             chart.draw_series([Circle::new((x, y), 4, color(family).filled())])?;
         }
         Ok(())
     })?;
-    let label =
-        format!("bytes a second of {} kernels that wait for memory, beside a copy's {copy:.0} GB/s", points.len());
+    let label = format!(
+        "bytes a second of {} kernels that wait for memory, beside the device's {memory:.0} GB/s",
+        points.len()
+    );
     Some(themed(&svg, &label))
 }
 

@@ -72,8 +72,8 @@ pub fn limits(rows: &[&Row]) -> Vec<String> {
     let of = |share: Option<f64>| share.map_or(String::new(), |f| format!(", {:.0} % of the datasheet", 100.0 * f));
     for row in rows.iter().filter(|row| row.kind == Kind::Roofline) {
         if let Some(speed) = row.gb_per_s {
-            let case = line(&row.case);
-            facts.push(format!("copy of {case}: {} GB/s{}", super::number(speed), of(row.datasheet_fraction)));
+            let (what, case) = (line(&row.kernel), line(&row.case));
+            facts.push(format!("{what} of {case}: {} GB/s{}", super::number(speed), of(row.datasheet_fraction)));
         }
         if let Some(speed) = row.tflop_per_s {
             let (case, kernel) = (line(&row.case), line(&row.kernel));
@@ -82,7 +82,10 @@ pub fn limits(rows: &[&Row]) -> Vec<String> {
                 true => format!("{} GFLOP/s", super::number(1e3 * speed)),
                 false => format!("{} TFLOP/s", super::number(speed)),
             };
-            facts.push(format!("fastest product, {case}: {speed} by {kernel}{share}"));
+            facts.push(match row.kernel.as_str() {
+                "tiles" => format!("products of tiles in {case}: {speed}{share}"),
+                _ => format!("fastest product, {case}: {speed} by {kernel}{share}"),
+            });
         }
     }
     for row in rows.iter().filter(|row| row.kind == Kind::Launch) {
