@@ -132,6 +132,43 @@ fn rows_have_every_key_and_pages_need_nothing_else() {
     }
 }
 
+/// Each shape with the kernel that is taken and the one whose rows have the same bits in every batch, and their ratio.
+#[test]
+fn batch_invariance_has_its_price_beside_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let of = ["--device", "cpu", "--op", "attention", "--shapes", "smollm2-135m", "--m", "64", "--no-limits", "--hot"];
+    let run = bench(&[&of[..], &["--batch-invariant", "--seconds", "0.01", "--out", out.to_str().unwrap()]].concat());
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    let rows = handmill::bench::row::read(&out.join("bench.jsonl")).unwrap();
+    let rows: Vec<&Row> = rows.iter().filter(|row| row.kind == handmill::bench::row::Kind::Kernel).collect();
+    let spec = ops::find("attention", "f32");
+    let mut pairs = 0;
+    for (i, row) in rows.iter().enumerate() {
+        let Some(free) = &row.free_kernel else { continue };
+        let kernel = spec.kernels().find(|kernel| kernel.stem == row.kernel).unwrap();
+        assert!(handmill::op::row_invariant(spec, kernel), "{row:?}");
+        if *free == row.kernel {
+            assert_eq!((row.free_us, row.invariant_cost), (row.median_us, Some(1.0)), "{row:?}");
+            continue;
+        }
+        pairs += 1;
+        let before = rows[i - 1];
+        assert_eq!((&before.kernel, &before.case, before.median_us), (free, &row.case, row.free_us), "{row:?}");
+        assert!(before.free_kernel.is_none() && before.invariant_cost.is_none(), "{before:?}");
+        let cost = row.invariant_cost.unwrap();
+        assert!((cost - row.median_us.unwrap() / row.free_us.unwrap()).abs() < 1e-9, "{row:?}");
+        assert!(run.stdout.contains(&format!("batch-invariant: {cost:.2} times {free}")), "{}", run.stdout);
+        for (name, what) in [("bench.md", format!("| {cost:.2} |")), ("bench.html", format!("<td>{cost:.2}</td>"))] {
+            let page = std::fs::read_to_string(out.join(name)).unwrap();
+            assert!(page.contains("What batch invariance costs") && page.contains(&what), "{name}: no {what}");
+        }
+    }
+    assert!(pairs > 0, "a prompt takes another kernel than single rows: {rows:?}");
+    let with = bench(&["--batch-invariant", "--kernel", "attention_f32_naive"]);
+    assert!(with.code == 2 && with.stderr.contains("--kernel"), "{}", with.stderr);
+}
+
 /// Every op's quick shapes, the kernels that would be taken, right and with times; top-k's corpus takes longer to make
 /// than all the others.
 #[test]

@@ -24,7 +24,7 @@ use std::path::PathBuf;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use crate::device::{Buffer, Device, Error, Result};
-use crate::op::{Cost, DeviceKind, Kernel};
+use crate::op::{Caps, Cost, DeviceKind, Kernel};
 use crate::tensor::Dtype;
 use inputs::Inputs;
 use measure::{Arena, Timing};
@@ -43,6 +43,8 @@ pub struct Options {
     pub kernel: Option<String>,
     /// Only the kernel that would be taken, for each type of activations.
     pub best_only: bool,
+    /// Only the kernels that a batch-invariant device takes, each after the one that is taken without that.
+    pub batch_invariant: bool,
     /// Operands stay in the cache.
     pub hot: bool,
     /// Seconds of samples for a row.
@@ -64,6 +66,7 @@ impl Default for Options {
             op: None,
             kernel: None,
             best_only: false,
+            batch_invariant: false,
             hot: false,
             seconds: 0.5,
             longest: 5.0,
@@ -78,6 +81,8 @@ impl Default for Options {
 pub struct Job {
     shape: usize,
     kernel: &'static Kernel,
+    /// As a batch-invariant device takes it.
+    invariant: bool,
 }
 
 /// Measurements on one device.
@@ -94,6 +99,8 @@ pub struct Bench<'a> {
     jobs: Vec<Job>,
     /// Of the last job, for the next one.
     inputs: Option<(usize, Dtype, Inputs)>,
+    /// The kernel that was taken for the shape of this number without batch invariance, and its median in microseconds.
+    free: Option<(usize, &'static Kernel, Option<f64>)>,
 }
 
 impl<'a> Bench<'a> {
@@ -111,6 +118,10 @@ impl<'a> Bench<'a> {
             if options.op.as_ref().is_some_and(|op| op != spec.name && *op != spec.id()) {
                 continue;
             }
+            if options.batch_invariant {
+                jobs.extend(with_and_without(i, shape, device.caps()));
+                continue;
+            }
             let runs = |kernel: &&Kernel| {
                 device.caps().kind.runs(&kernel.source) && (kernel.supports)(&shape.dims, device.caps())
             };
@@ -121,11 +132,12 @@ impl<'a> Bench<'a> {
                     Some(stem) => stem == kernel.stem,
                     None => !options.best_only || chosen(),
                 };
-                if wanted && jobs.len() < options.most_rows {
-                    jobs.push(Job { shape: i, kernel });
+                if wanted {
+                    jobs.push(Job { shape: i, kernel, invariant: false });
                 }
             }
         }
+        jobs.truncate(options.most_rows);
         if jobs.is_empty() {
             let what = options.kernel.as_deref().or(options.op.as_deref()).unwrap_or("what was asked for");
             return Err(invalid(format!(
@@ -151,6 +163,7 @@ impl<'a> Bench<'a> {
             shapes,
             jobs,
             inputs: None,
+            free: None,
         })
     }
 
@@ -173,7 +186,8 @@ impl<'a> Bench<'a> {
             told(&row)?;
         }
         for i in 0..self.jobs.len() {
-            let row = self.measure(i)?;
+            let mut row = self.measure(i)?;
+            self.beside_the_free_one(i, &mut row);
             told(&row)?;
         }
         Ok(())
@@ -263,9 +277,23 @@ impl<'a> Bench<'a> {
         Ok(rows)
     }
 
+    /// Tells of a batch-invariant kernel what it costs: the one without that property was measured just before, or is the
+    /// same.
+    fn beside_the_free_one(&mut self, i: usize, row: &mut Row) {
+        let Job { shape, kernel, invariant } = self.jobs[i];
+        let before = self.free.take().filter(|(of, free, _)| *of == shape && free.act == kernel.act);
+        if !invariant {
+            self.free = Some((shape, kernel, row.median_us));
+            return;
+        }
+        let (stem, median) = before.map_or((kernel.stem, row.median_us), |(_, free, median)| (free.stem, median));
+        (row.free_kernel, row.free_us) = (Some(stem.into()), median);
+        row.invariant_cost = row.median_us.zip(median).map(|(with, without)| with / without);
+    }
+
     /// One row.
     fn measure(&mut self, i: usize) -> Result<Row> {
-        let Job { shape: number, kernel } = self.jobs[i];
+        let Job { shape: number, kernel, invariant } = self.jobs[i];
         let act = kernel.act;
         if self.inputs.as_ref().is_none_or(|(of, dtype, _)| (*of, *dtype) != (number, act)) {
             let shape = &self.shapes[number];
@@ -312,7 +340,7 @@ impl<'a> Bench<'a> {
         };
         let mut sets = vec![fill(&mut self.arena)?];
 
-        if let Some(seconds) = self.too_long(shape, kernel, &sets[0])? {
+        if let Some(seconds) = self.too_long(shape, kernel, invariant, &sets[0])? {
             let limit = self.options.longest;
             row.note =
                 Some(format!("not run: a launch would take about {seconds:.0} s, beyond the limit of {limit} s"));
@@ -361,8 +389,9 @@ impl<'a> Bench<'a> {
         Ok(row)
     }
 
-    /// The seconds that a launch would take, where that is more than it may: found with ever more rows.
-    fn too_long(&self, shape: &Shape, kernel: &'static Kernel, set: &[Buffer]) -> Result<Option<f64>> {
+    /// The seconds that a launch would take, where that is more than it may: found with ever more rows. A kernel that
+    /// takes `any` number of rows is not asked.
+    fn too_long(&self, shape: &Shape, kernel: &'static Kernel, any: bool, set: &[Buffer]) -> Result<Option<f64>> {
         /// From so long on a launch keeps the device busy, and more rows take proportionally longer.
         const BUSY: f64 = 0.02;
         let by = match shape.spec.name {
@@ -376,7 +405,7 @@ impl<'a> Bench<'a> {
         let mut some = 8;
         while some < rows {
             let dims = shape.dims.clone().with(by, some);
-            if (kernel.supports)(&dims, self.device.caps()) {
+            if any || (kernel.supports)(&dims, self.device.caps()) {
                 // The first launch may wait for a compiler and for memory's first touch.
                 let mut took = f64::INFINITY;
                 for _ in 0..2 {
@@ -395,6 +424,20 @@ impl<'a> Bench<'a> {
         }
         Ok(None)
     }
+}
+
+/// Of a shape and each type of activations the kernel that is taken and the one that a batch-invariant device takes, or
+/// that one alone where both are the same. Nothing where no kernel is invariant.
+fn with_and_without(shape: usize, of: &Shape, caps: &Caps) -> Vec<Job> {
+    let restricted = Caps { batch_invariant: true, ..caps.clone() };
+    let mut jobs = Vec::new();
+    for act in [Dtype::F32, Dtype::BF16, Dtype::F16] {
+        let Some(kernel) = of.spec.choose(&of.dims, act, &restricted) else { continue };
+        let free = of.spec.choose(&of.dims, act, caps).filter(|free| free.stem != kernel.stem);
+        jobs.extend(free.map(|kernel| Job { shape, kernel, invariant: false }));
+        jobs.push(Job { shape, kernel, invariant: true });
+    }
+    jobs
 }
 
 /// A row with its times.

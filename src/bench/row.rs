@@ -88,6 +88,15 @@ pub struct Row {
     pub error_of: Option<String>,
     /// Another program and its version; null for Handmill's own rows.
     pub peer: Option<String>,
+    /// Of a kernel that a batch-invariant device takes: the one that is taken without that, which may be the same.
+    #[serde(default)]
+    pub free_kernel: Option<String>,
+    /// That one's median time in the same run.
+    #[serde(default)]
+    pub free_us: Option<f64>,
+    /// How many times as long the batch-invariant one takes.
+    #[serde(default)]
+    pub invariant_cost: Option<f64>,
     /// The samples spread over 10 % of their median, twice.
     #[serde(default)]
     pub noisy: bool,
@@ -143,9 +152,9 @@ impl Row {
 
 /// What is wrong with a row; a file may claim anything.
 pub(super) fn fault(row: &Row) -> Option<String> {
-    let times = [row.median_us, row.p20_us, row.p80_us];
+    let times = [row.median_us, row.p20_us, row.p80_us, row.free_us, row.invariant_cost];
     if times.iter().flatten().any(|t| !t.is_finite() || *t <= 0.0) {
-        return Some("median_us, p20_us and p80_us must be above zero, or null".into());
+        return Some("times, and invariant_cost, must be above zero, or null".into());
     }
     if let (Some(median), Some(p20), Some(p80)) = (row.median_us, row.p20_us, row.p80_us) {
         if p20 > median || median > p80 {

@@ -22,11 +22,11 @@ use super::{note, print_json, progress, stop_on_interrupt, ChecksFailed, Common,
 /// Operands lie in no cache: as many sets of buffers are taken in turn as outlast it (--hot: one set). Times are the
 /// device's own where it has a clock: the median, with what a fifth of the samples lies below and above. The roofline
 /// is measured in the same run. Every kernel's results are held against the f64 oracle. Exit code 1 when one is wrong.
-/// Ctrl-C ends with what was measured so far.
+/// Ctrl-C ends with what was measured so far. RAYON_NUM_THREADS sets the threads of the CPU.
 ///
 /// With --json, one line a row: kind (kernel, roofline, launch), op, kernel, device, adapter, driver, case, shape, m,
 /// cold, median_us, p20_us, p80_us, n, launches, gb_per_s, tflop_per_s, roofline_fraction, bound, datasheet_fraction,
-/// error, tolerance, error_of, peer, noisy, note, software, act, bytes, flops, sets, cache_bytes, threads, load,
+/// error, tolerance, error_of, peer, free_kernel, free_us, invariant_cost, noisy, note, software, act, bytes, flops, sets, cache_bytes, threads, load,
 /// version, commit, unix_time. What is not known is null.
 #[derive(Args)]
 #[command(args_conflicts_with_subcommands = true)]
@@ -47,6 +47,10 @@ pub struct Bench {
     /// Only the kernels that would be taken
     #[arg(long)]
     best: bool,
+    /// What batch invariance costs: the kernels that a batch-invariant device takes (serve's), each after the one that
+    /// is taken without; invariant_cost is the ratio of their medians
+    #[arg(long, conflicts_with_all = ["kernel", "best"])]
+    batch_invariant: bool,
     /// One set of buffers, which stays in the caches if it fits
     #[arg(long)]
     hot: bool,
@@ -209,6 +213,7 @@ impl Bench {
             op: self.op.clone(),
             kernel: self.kernel.clone(),
             best_only: self.quick || self.best,
+            batch_invariant: self.batch_invariant,
             hot: self.hot,
             seconds,
             longest,
@@ -249,11 +254,17 @@ fn print(out: &mut impl Write, row: &Row, last: Option<&Row>) -> io::Result<()> 
         None => "-".into(),
     };
     let share = row.error.zip(row.tolerance).filter(|(_, most)| *most > 0.0).map(|(error, most)| error / most);
-    let remark = match (&row.note, row.noisy) {
+    let mut remark = match (&row.note, row.noisy) {
         (Some(note), _) if !row.software => format!("  {note}"),
         (_, true) => "  noisy".into(),
         _ => String::new(),
     };
+    if let Some((cost, free)) = row.invariant_cost.zip(row.free_kernel.as_ref()).filter(|_| !row.software) {
+        remark += &match *free == row.kernel {
+            true => "  batch-invariant as it is".to_string(),
+            false => format!("  batch-invariant: {cost:.2} times {free}"),
+        };
+    }
     writeln!(
         out,
         "{:<36} {:<32} {:>10} {range:>17} {:>7} {:>8} {:>7} {:>7}{remark}",

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use super::super::row::{Kind, Row};
-use super::{charts, devices, groups, known, markdown, number, percent, remarks, share, spread, time};
+use super::{charts, devices, groups, invariance, known, markdown, number, percent, remarks, share, spread, time};
 use super::{Contest, Group, OnDevice};
 
 pub use crate::compare::report::escape;
@@ -72,6 +72,7 @@ fn of_device(device: &OnDevice<'_>, named: bool) -> String {
             legend(&device.rows, "a copy, or reading")
         );
     }
+    html += &invariance::html(&device.rows);
     let groups = groups(&device.rows);
     html += &ladders(&groups);
     html + &tables(&groups)

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use super::super::row::{Kind, Row};
-use super::{devices, groups, known, percent, remarks, share, spread, time, Contest};
+use super::{devices, groups, invariance, known, percent, remarks, share, spread, time, Contest};
 
 /// Everything, for a repository or a mail.
 pub fn text(rows: &[Row], contests: &[Contest]) -> String {
@@ -13,6 +13,7 @@ pub fn text(rows: &[Row], contests: &[Contest]) -> String {
         for fact in limits(&device.rows) {
             let _ = writeln!(out, "- {fact}");
         }
+        out += &invariance::markdown(&device.rows);
         let mut op = "";
         for group in groups(&device.rows) {
             if group.op != op {
@@ -108,7 +109,7 @@ pub fn limits(rows: &[&Row]) -> Vec<String> {
 }
 
 /// Text of any origin in one line of a table.
-fn line(text: &str) -> String {
+pub(super) fn line(text: &str) -> String {
     let clean = |c: char| if c.is_control() { ' ' } else { c };
     text.chars().map(clean).collect::<String>().replace('|', "\\|").replace('<', "&lt;")
 }

@@ -3,6 +3,7 @@
 
 mod charts;
 mod html;
+mod invariance;
 mod markdown;
 mod peers;
 
@@ -137,6 +138,12 @@ fn remarks(row: &Row) -> String {
     }
     if !row.cold && row.median_us.is_some() && row.kind == Kind::Kernel {
         found.push("hot".to_string());
+    }
+    if let Some((cost, free)) = row.invariant_cost.zip(row.free_kernel.as_ref()) {
+        found.push(match *free == row.kernel {
+            true => "batch-invariant as it is".to_string(),
+            false => format!("batch-invariant: {cost:.2} times {free}"),
+        });
     }
     found.extend(row.note.clone());
     found.join("; ")
