@@ -3,11 +3,14 @@
 
 use plotters::coord::combinators::LogCoord;
 use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use super::super::row::{Kind, Row};
 
 const WIDTH: u32 = 760;
 const HEIGHT: u32 = 380;
+/// Levels closer than this have no room for a line of text between them.
+const NEAR: f64 = 1.8;
 /// Each stands for a name in `bench.css`.
 const INK: RGBColor = RGBColor(1, 1, 1);
 const SOFT: RGBColor = RGBColor(2, 2, 2);
@@ -41,11 +44,13 @@ fn color(family: usize) -> RGBColor {
 /// Operations a byte and operations a second of each kernel, and the device's limits. None without both.
 pub fn roofline(rows: &[&Row]) -> Option<String> {
     let memory = memory(rows)?;
-    let peaks: Vec<(f64, &str)> = rows
+    let mut peaks: Vec<(f64, &str)> = rows
         .iter()
         .filter(|row| row.kind == Kind::Roofline)
         .filter_map(|row| Some((1e3 * row.tflop_per_s?, row.act.as_deref().unwrap_or("f32"))))
+        .filter(|(peak, _)| *peak > 0.0)
         .collect();
+    peaks.sort_by(|a, b| a.0.total_cmp(&b.0));
     let points: Vec<(f64, f64, usize)> = rows
         .iter()
         .filter(|row| row.kind == Kind::Kernel)
@@ -64,10 +69,16 @@ pub fn roofline(rows: &[&Row]) -> Option<String> {
     let mut svg = String::new();
     draw(&mut svg, (left, right), (low, high), "operations a byte", "GFLOP/s", &|chart| {
         let roof = |x: f64, peak: f64| (x, (x * memory).min(peak));
-        for (peak, _) in &peaks {
+        for (i, (peak, act)) in peaks.iter().enumerate() {
             let knee = (peak / memory).clamp(left, right);
             let line = [roof(left.max(low / memory), *peak), roof(knee, *peak), roof(right, *peak)];
             chart.draw_series(LineSeries::new(line, INK.stroke_width(2)))?;
+            // Above its line, or below where the next line or the drawing's edge is near.
+            let above = peaks.get(i + 1).map_or(high, |next| next.0);
+            let side = if above / peak < NEAR { VPos::Top } else { VPos::Bottom };
+            let style = ("sans-serif", 12).into_font().color(&SOFT).pos(Pos::new(HPos::Right, side));
+            let said = format!(" {act} {} GFLOP/s ", super::number(*peak));
+            chart.draw_series([Text::new(said, (right, *peak), style)])?;
         }
         for &(x, y, family) in &points {
             chart.draw_series([Circle::new((x, y), 4, color(family).filled())])?;

@@ -87,13 +87,18 @@ fn record(value: &Value) -> Vec<Contest> {
         found.extend(contest(name, "tokens/s", true, entries(part)));
     }
     if value["tokens_per_s"].is_object() {
-        let name = format!("{} {}", text("what"), text("model"));
+        let what = text("what");
+        let name = format!("{}, {}", what.strip_suffix(", tokens/s").unwrap_or(&what), text("model"));
         found.extend(contest(name, "tokens/s", true, entries(&value["tokens_per_s"])));
     }
     if value["ms"].is_object() {
         let size = |key: &str| value[key].as_u64().map_or("?".into(), |n| n.to_string());
         let name =
             format!("exact top {} of {} rows of {}, {} queries", size("k"), size("n"), size("d"), size("queries"));
+        let name = match text("corpus") {
+            corpus if corpus.is_empty() => name,
+            corpus => format!("{name}: {corpus}"),
+        };
         found.extend(contest(name, "ms", false, entries(&value["ms"])));
     }
     found
