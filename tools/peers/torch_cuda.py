@@ -9,16 +9,20 @@ What is timed, where it is installed (torch is all that is needed):
 
     qmatmul, qmatmul_t      the weights in bf16 beforehand, then torch.matmul (cuBLAS), x in bf16
                             the same with the weights expanded from their codes each time, by torch's own ops
-    qmatmul in nf4          bitsandbytes: its dequantize and cuBLAS
+    qmatmul in q4           triton_q4.py, a kernel in Triton that expands codes as it multiplies, x in bf16
+    qmatmul in nf4          bitsandbytes' matmul_4bit: its own kernel for one row, else its dequantize and cuBLAS
     cosine_topk             one product (TF32 off; f16 rows in f16), then torch.topk
 
 Inputs are those that `bench` drew, with what its f64 oracle says of them: a result that is further off than bf16's
 rounding allows (topk: f32's, f16's) has no time. Times are the device's, by events; operands outlast the L2 cache, sets
 of them being taken in turn; the median of samples with what a fifth lies below and above. `--dry-run` tells what would
-be done, without a card. Without torch or a card it says so, claims nothing and ends with exit code 0.
+be done, without a card. Without torch or a card it says so, claims nothing and ends with exit code 0. Each peer fails
+alone, with a sentence. `--device cpu` compares the results of what runs there and tells no times; Triton's kernel then
+needs TRITON_INTERPRET=1.
 """
 
 import argparse
+import importlib.metadata
 import json
 import math
 import sys
@@ -71,8 +75,10 @@ def plans(case):
         plan = ["torch.matmul bf16"]
         if form in ("q4", "q8", "nf4"):
             plan.append("dequantize + torch.matmul bf16")
+        if (op, form) == ("qmatmul", "q4"):
+            plan.append("Triton q4_matmul bf16")
         if (op, form) == ("qmatmul", "nf4"):
-            plan.append("bitsandbytes dequantize + matmul bf16")
+            plan.append("bitsandbytes matmul_4bit bf16")
         return plan
     if op == "cosine_topk" and form in ("f32", "f16"):
         return [f"torch.mm + torch.topk {form}"]
@@ -91,10 +97,10 @@ def chosen(cases):
 class Inputs:
     """A case's arguments on the card, at their full size."""
 
-    def __init__(self, torch, folder, case):
+    def __init__(self, torch, folder, case, place):
         import numpy as np
 
-        self.torch, self.case, self.expected = torch, case, {}
+        self.torch, self.case, self.place, self.expected = torch, case, place, {}
         for arg in case["args"]:
             path = folder / arg["file"]
             values = np.fromfile(path, dtype=NUMPY[arg["dtype"]])
@@ -110,10 +116,10 @@ class Inputs:
                 tensor = torch.from_numpy(values.astype(np.int64))
             else:
                 tensor = torch.from_numpy(values.copy())
-            tensor = tensor.cuda()
+            tensor = tensor.to(place)
             for axis, size in enumerate(arg["shape"]):
                 if size != tensor.shape[axis]:
-                    index = torch.arange(size, device="cuda") % tensor.shape[axis]
+                    index = torch.arange(size, device=place) % tensor.shape[axis]
                     tensor = tensor.index_select(axis, index)
             setattr(self, arg["name"], tensor.contiguous())
 
@@ -130,7 +136,7 @@ class Inputs:
             pair = (low, high) if form == "q4" else (high, low)
             codes = torch.stack(pair, dim=-1).reshape(self.codes.shape[0], -1)
         if form == "nf4":
-            levels = torch.tensor(LEVELS, device="cuda", dtype=dtype)
+            levels = torch.tensor(LEVELS, device=self.place, dtype=dtype)
             rows, columns = codes.shape
             blocks = levels[codes.int()].reshape(rows, -1, 64) * self.absmax.to(dtype).unsqueeze(-1)
             return blocks.reshape(rows, columns)
@@ -154,15 +160,20 @@ def product(inputs, name):
         multiply = lambda x, w: torch.addmm(ds @ a, x, w)
     if name.startswith("torch.matmul"):
         return multiply, [x, inputs.weights(torch.bfloat16)]
+    if name.startswith("Triton"):
+        import triton_q4
+
+        return triton_q4.matmul, [x, inputs.codes, inputs.scales, inputs.mins]
     if name.startswith("bitsandbytes"):
-        import bitsandbytes.functional as bnb
+        import bitsandbytes
+        from bitsandbytes.functional import QuantState
 
         rows, columns = inputs.codes.shape[0], 2 * inputs.codes.shape[1]
-        code = torch.tensor(LEVELS, device="cuda")
-        state = bnb.QuantState(inputs.absmax.reshape(-1), shape=torch.Size([rows, columns]), code=code, blocksize=64,
-                               quant_type="nf4", dtype=torch.bfloat16)  # fmt: skip
-        expand = lambda x, codes: multiply(x, bnb.dequantize_4bit(codes, state))
-        return expand, [x, inputs.codes.reshape(-1, 1)]
+        code = torch.tensor(LEVELS, device=inputs.place)
+        state = QuantState(inputs.absmax.reshape(-1), shape=torch.Size([rows, columns]), code=code, blocksize=64,
+                           quant_type="nf4", dtype=torch.bfloat16)  # fmt: skip
+        # As its Linear4bit calls it.
+        return lambda x, codes: bitsandbytes.matmul_4bit(x, codes.t(), quant_state=state), [x, inputs.codes.reshape(-1, 1)]
 
     def expand(x, codes):
         inputs.codes = codes
@@ -192,8 +203,8 @@ def check_product(inputs, result, name):
     size = x @ w
     if back and inputs.ds.numel():
         size = size + inputs.ds[: expected.shape[0]].double().abs() @ inputs.lora_a.double().abs()
-    # Expanding in bf16 rounds codes, scale, min and their sum once each.
-    roundings = 6 if name.startswith("dequantize") else 4
+    # Expanding in bf16 rounds codes, scale, min and their sum once each, or levels and their scale.
+    roundings = 6 if name.startswith(("dequantize", "bitsandbytes")) else 4
     return worst(got, expected, roundings * 2.0**-8 * size.cpu().numpy())
 
 
@@ -258,10 +269,9 @@ def quantile(values, share):
 def row(torch, case, name, seconds, launches, sets, error, device):
     """As `handmill bench --json` has it."""
     version = f"torch {torch.__version__}, CUDA {torch.version.cuda}"
-    if name.startswith("bitsandbytes"):
-        import importlib.metadata
-
-        version += f", bitsandbytes {importlib.metadata.version('bitsandbytes')}"
+    for package in ("triton", "bitsandbytes"):
+        if name.lower().startswith(package):
+            version += f", {package} {importlib.metadata.version(package)}"
     median = quantile(seconds, 0.5)
     words = dict(word.split("=") for word in case["case"].split())
     return dict(
@@ -274,8 +284,9 @@ def row(torch, case, name, seconds, launches, sets, error, device):
         flops=case["flops"], sets=sets)  # fmt: skip
 
 
-def measure(torch, folder, case, name, device):
-    inputs = Inputs(torch, folder, case)
+def compare(torch, folder, case, name, place):
+    """A function that does the case's work, what it takes, and (error, what is allowed); fails where it is wrong."""
+    inputs = Inputs(torch, folder, case, place)
     words = dict(word.split("=") for word in case["case"].split())
     inputs.case_k = int(words.get("K", 0))
     make, check = (topk, check_topk) if case["op"].startswith("cosine_topk") else (product, check_product)
@@ -283,6 +294,14 @@ def measure(torch, folder, case, name, device):
     error = check(inputs, function(*operands), name)
     if not error[0] <= error[1]:
         raise Failed(f"is off by {error[0]:.2e} where {error[1]:.2e} is allowed: no time is told")
+    return function, operands, error
+
+
+def measure(torch, folder, case, name, device):
+    """A row of `handmill bench --json`; on the CPU only what was compared."""
+    function, operands, error = compare(torch, folder, case, name, "cpu" if device == "cpu" else "cuda")
+    if device == "cpu":
+        return {"error": error[0], "tolerance": error[1]}
     return row(torch, case, name, *times(torch, function, operands), error, device)
 
 
@@ -290,7 +309,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=Path, metavar="DIR", help="what `handmill bench --save-inputs` wrote")
     parser.add_argument("--record", type=Path, metavar="FILE.jsonl", help="append a row for each time")
-    parser.add_argument("--device", default="cuda:0", help="the name that Handmill's rows have it under")
+    parser.add_argument("--device", default="cuda:0", help="the name that Handmill's rows have it under; cpu: no times")
     parser.add_argument("--dry-run", action="store_true", help="only tell what would be done")
     args = parser.parse_args()
     try:
@@ -301,7 +320,7 @@ def main():
         for case in cases or []:
             print(f"{case['op']} ({case['case']}): {', '.join(plans(case))}")
         if cases is None:
-            print("with --inputs: torch.matmul, dequantize + torch.matmul, bitsandbytes, torch.topk; see --help")
+            print("with --inputs: torch.matmul, dequantize + torch.matmul, Triton, bitsandbytes, torch.topk; see --help")
         return
     if cases is None:
         parser.error("give --inputs, or --dry-run")
@@ -310,7 +329,7 @@ def main():
     except ImportError as missing:
         print(f"torch_cuda.py: {missing}: nothing is compared with torch", file=sys.stderr)
         return
-    if not torch.cuda.is_available():
+    if args.device != "cpu" and not torch.cuda.is_available():
         print("torch_cuda.py: torch finds no card: nothing is compared with it", file=sys.stderr)
         return
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -323,9 +342,14 @@ def main():
             except ImportError as missing:
                 print(f"{name}: {missing}: left out", file=sys.stderr)
                 continue
-            # Another library's fault on one case takes no other with it.
-            except (Failed, OSError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-                print(f"{name}, {case['op']} ({case['case']}): {error}", file=sys.stderr)
+            # Whatever another library raises on one case takes no other with it.
+            except Exception as error:
+                said = f"{error}".strip().splitlines() or [type(error).__name__]
+                print(f"{name}, {case['op']} ({case['case']}): {said[0][:300]}", file=sys.stderr)
+                continue
+            if args.device == "cpu":
+                told = f"{name:<40} {case['op']:<16} {case['case']:<32}"
+                print(f"{told} off by {found['error']:.1e} of {found['tolerance']:.1e}: no time on a CPU", flush=True)
                 continue
             print(f"{name:<40} {case['op']:<16} {case['case']:<32} {found['median_us']:>10.1f} us", flush=True)
             if args.record:
