@@ -1,6 +1,11 @@
 //! `handmill bench`: what it measures is right and told in full, its files are read as anything may stand in them, and
 //! the script for a card runs with the executor in the card's place. No speed is asserted.
 
+#[cfg(unix)]
+#[path = "bench/card.rs"]
+mod card;
+#[path = "bench/compare.rs"]
+mod compare;
 #[path = "bench/cost.rs"]
 mod cost;
 

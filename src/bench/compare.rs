@@ -80,7 +80,7 @@ impl Comparison {
 /// machine itself does is no kernel's fault.
 pub fn compare(before: &[Row], after: &[Row]) -> Comparison {
     let mut notes = Vec::new();
-    let index = |rows: &'_ [Row]| -> BTreeMap<(String, String, String, bool), Row> {
+    let index = |rows: &'_ [Row]| -> Index {
         let own = rows.iter().filter(|row| row.kind == Kind::Kernel);
         let key = |row: &Row| (row.device.clone(), row.kernel.clone(), row.case.clone(), row.cold);
         own.map(|row| (key(row), row.clone())).collect()
@@ -121,24 +121,38 @@ pub fn compare(before: &[Row], after: &[Row]) -> Comparison {
     }
     let shared = a.keys().filter(|key| b.contains_key(*key)).count();
     if shared == 0 {
-        let devices = |rows: &BTreeMap<(String, String, String, bool), Row>| {
-            let mut ids: Vec<&str> = rows.keys().map(|key| key.0.as_str()).collect();
-            ids.dedup();
-            if ids.is_empty() {
-                "no device".to_string()
-            } else {
-                ids.join(", ")
-            }
-        };
-        notes.push(format!(
-            "no row is in both: the first has {} of {}, the second {} of {}",
-            a.len(),
-            devices(&a),
-            b.len(),
-            devices(&b)
-        ));
+        notes.push(nothing_shared(&a, &b));
+    } else if !pairs.is_empty() && pairs.iter().all(|pair| pair.verdict == Verdict::Unknown) {
+        notes.push("no row has times, with their spread, in both runs: nothing is known of any".into());
     }
     Comparison { pairs, drift, only_before: a.len() - shared, only_after: b.len() - shared, notes }
+}
+
+/// Rows by device, kernel, case and cold.
+type Index = BTreeMap<(String, String, String, bool), Row>;
+
+/// Why two runs have no row in common.
+fn nothing_shared(a: &Index, b: &Index) -> String {
+    let devices = |rows: &Index| {
+        let mut ids: Vec<String> = rows.keys().map(|key| key.0.clone()).collect();
+        ids.dedup();
+        ids
+    };
+    let of = |rows: &Index| match (rows.len(), devices(rows)) {
+        (0, _) => "no row of a kernel".to_string(),
+        (n, ids) => format!("{n} of {}", ids.join(", ")),
+    };
+    let said = format!("no row is in both: the first has {}, the second {}", of(a), of(b));
+    if !devices(a).iter().any(|id| devices(b).contains(id)) {
+        return said;
+    }
+    // The same device did other things.
+    let place = |(_, kernel, case, cold): &(String, String, String, bool)| {
+        format!("{kernel} ({case}{})", if *cold { "" } else { ", hot" })
+    };
+    let first = |rows: &Index| rows.keys().next().map(place).unwrap_or_default();
+    let hint = "give both the same --op, --shapes, --m and --hot";
+    format!("{said}; for instance {} is only in the first, {} only in the second: {hint}", first(a), first(b))
 }
 
 /// The median time that a byte's copy took; of the last such row.

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
-use handmill::bench::compare::{compare, Comparison, Pair};
+use handmill::bench::compare::{compare, Comparison, Pair, Verdict};
 use handmill::bench::report::{self, Contest};
 use handmill::bench::row::{self, Kind, Log, Row};
 use handmill::bench::shapes::{Select, MODELS};
@@ -104,7 +104,7 @@ pub struct Report {
     out: PathBuf,
 }
 
-/// Say what became slower between two runs; exit code 1 when something did
+/// Say what became slower between two runs; exit code 1 when something did, or nothing could be compared
 ///
 /// Rows are matched by kernel, device, case and cold. Slower means that p20 to p80 of both are apart and the ratio of
 /// the medians is beyond three standard errors and beyond what the machine's own copy changed by.
@@ -309,7 +309,7 @@ impl Compare {
         for said in &found.notes {
             note(said);
         }
-        if found.pairs.is_empty() {
+        if found.pairs.iter().all(|pair| pair.verdict == Verdict::Unknown) {
             anyhow::bail!("the two runs have no row to compare");
         }
         if found.slower().next().is_some() {
@@ -321,7 +321,6 @@ impl Compare {
 
 /// What changed, for a person.
 fn show(found: &Comparison) -> io::Result<()> {
-    use handmill::bench::compare::Verdict;
     let mut out = io::stdout();
     for (verdict, word) in [(Verdict::Slower, "slower"), (Verdict::Faster, "faster")] {
         let mut pairs: Vec<&Pair> = found.pairs.iter().filter(|pair| pair.verdict == verdict).collect();
