@@ -1,7 +1,7 @@
 //! What the engine makes of many texts at once, as JSON Lines: tokens a second by batch, with adapters and without, with
 //! and without batch invariance, all in one run, and the processor's time for a token, which other work on the machine
 //! moves less (with RAYON_NUM_THREADS=1 no thread waits for another in it). Medians of the rounds, with what a fifth of
-//! them lies below and above; then ratios of rows, taken round by round: what eight texts at once give of one, and eight
+//! them lies below and above; then ratios of rows, round by round: what eight texts at once give of one, and eight
 //! adapters of one.
 //!
 //! `cargo bench --bench serve -- --quick` takes one round instead of five; `--profile` tells where the time of a pass
@@ -275,7 +275,10 @@ fn main() {
             for row in rows().iter().filter(|row| [1, 8].contains(&row.adapters.len())) {
                 profiled.take();
                 let (rate, _) = measure(&engine, row);
-                let kernel = |(stem, row): (String, handmill::device::profile::Row)| json!({"kernel": stem, "launches": row.launches, "ms": 1e3 * row.seconds});
+                let kernel = |(stem, row): (String, handmill::device::profile::Row)| {
+                    let ms = 1e3 * row.seconds;
+                    json!({"kernel": stem, "launches": row.launches, "ms": ms})
+                };
                 let kernels: Vec<_> = profiled.take().into_iter().map(kernel).collect();
                 let batch = row.adapters.len();
                 println!("{}", json!({"work": row.name, "batch": batch, "tokens_per_s": rate, "kernels": kernels}));

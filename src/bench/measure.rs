@@ -6,7 +6,7 @@ use crate::op::DeviceKind;
 /// Largest piece of memory that views are cut from, where the device binds as much.
 const PIECE: usize = 256 << 20;
 /// Most sets of buffers that are taken in turn; an adapter of wgpu keeps a binding for each.
-const SETS: usize = 1 << 16;
+const SETS: usize = 1 << 17;
 const SETS_WGPU: usize = 512;
 /// A sample lasts at least so long, in seconds: many steps of the clock it is read from.
 const SAMPLE_CPU: f64 = 20e-6;

@@ -277,8 +277,8 @@ impl<'a> Bench<'a> {
         Ok(rows)
     }
 
-    /// Tells of a batch-invariant kernel what it costs: the one without that property was measured just before, or is the
-    /// same.
+    /// Tells of a batch-invariant kernel what it costs: the one without that property was measured just before, or is
+    /// the same.
     fn beside_the_free_one(&mut self, i: usize, row: &mut Row) {
         let Job { shape, kernel, invariant } = self.jobs[i];
         let before = self.free.take().filter(|(of, free, _)| *of == shape && free.act == kernel.act);

@@ -1,6 +1,6 @@
-//! Inputs that leave nothing out. What the tests draw has padding, labels that do not count, adapters that are not there
-//! and rows asked for twice; a contract's least bytes and operations are those of a launch without any of it, and so are
-//! a benchmark's.
+//! Inputs that leave nothing out. What the tests draw has padding, labels that do not count, adapters that are not
+//! there and rows asked for twice; a contract's least bytes and operations are those of a launch without any of it, and
+//! so are a benchmark's.
 
 use crate::op::{Dims, OpSpec};
 use crate::tensor::{Dtype, HostTensor};
@@ -17,8 +17,8 @@ pub fn leave_nothing_out(spec: &OpSpec, dims: &Dims, args: &mut [HostTensor]) {
                 let s = dim("S");
                 u32s((0..s).flat_map(|i| [i * m / s, (i + 1) * m / s]).map(|row| row as u32).collect())
             }
-            // One document of C rows, its last M asked about what is before them. More rows than keys are many documents,
-            // which the draw already has.
+            // One document of C rows, its last M asked about what is before them. More rows than keys are many
+            // documents, which the draw already has.
             ("attention" | "attention_stats" | "attention_backward", "span") if m <= c => {
                 u32s((0..m).flat_map(|i| [0, (c - m + i + 1) as u32]).collect())
             }

@@ -26,8 +26,8 @@ use super::{note, print_json, progress, stop_on_interrupt, ChecksFailed, Common,
 ///
 /// With --json, one line a row: kind (kernel, roofline, launch), op, kernel, device, adapter, driver, case, shape, m,
 /// cold, median_us, p20_us, p80_us, n, launches, gb_per_s, tflop_per_s, roofline_fraction, bound, datasheet_fraction,
-/// error, tolerance, error_of, peer, free_kernel, free_us, invariant_cost, noisy, note, software, act, bytes, flops, sets, cache_bytes, threads, load,
-/// version, commit, unix_time. What is not known is null.
+/// error, tolerance, error_of, peer, free_kernel, free_us, invariant_cost, noisy, note, software, act, bytes, flops,
+/// sets, cache_bytes, threads, load, version, commit, unix_time. What is not known is null.
 #[derive(Args)]
 #[command(args_conflicts_with_subcommands = true)]
 pub struct Bench {

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// In the tool's place: `verify` tells of one case, then hangs with a process of its own that holds its stderr; `search`
-/// fails; the rest does as it should.
+/// In the tool's place: `verify` tells of one case, then hangs with a process of its own that holds its stderr;
+/// `search` fails; the rest does as it should.
 const TOOL: &str = r#"#!/bin/sh
 case "$1" in
 doctor)

@@ -32,8 +32,8 @@ fn least_bytes_are_no_more_than_the_arguments_have() {
     }
 }
 
-/// Small shapes in which nothing is left out, of each op whose inputs say which rows the others are read by: an index or
-/// a span that points elsewhere, or to the same row again, would let a launch do with less.
+/// Small shapes in which nothing is left out, of each op whose inputs say which rows the others are read by: an index
+/// or a span that points elsewhere, or to the same row again, would let a launch do with less.
 const POINTING: [(&str, &[(&str, usize)]); 11] = [
     ("embedding", &[("M", 40), ("N", 96), ("N0", 0)]),
     ("gather_rows", &[("N", 40), ("M", 33), ("K", 64)]),
@@ -62,8 +62,8 @@ fn kernels_move_at_least_the_least_bytes_of_what_is_measured() {
     }
 }
 
-/// Bytes of the sectors that a launch moves, and the most operations that its instructions can be: by the fastest kernel
-/// in PTX with f32 activations, on the inputs that are measured.
+/// Bytes of the sectors that a launch moves, and the most operations that its instructions can be: by the fastest
+/// kernel in PTX with f32 activations, on the inputs that are measured.
 fn count(spec: &OpSpec, dims: &Dims) -> (u64, u64) {
     let device = handmill::device::ptx_sim::PtxSim::new();
     let caps = handmill::device::Device::caps(&device);

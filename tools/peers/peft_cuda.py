@@ -7,8 +7,8 @@ DIR is a Hugging Face directory, a row of the data {"input_ids": [..], "labels":
 forth, back and through AdamW: r 8, alpha 16, all seven projections, f32 without TF32, nothing compiled; once over the
 weights as they are, and once over them in nf4 where bitsandbytes is installed. The first steps are not timed. Losses
 must agree to 5e-5 at the first step and 5e-3 later (in nf4 to 1e-3 and 1e-2: a weight in the middle between two levels
-may become either), or no time is told. `--device cpu` runs both on the CPU. Without torch, transformers, peft or a card it says so, claims
-nothing and ends with exit code 0.
+may become either), or no time is told. `--device cpu` runs both on the CPU. Without torch, transformers, peft or a
+card it says so, claims nothing and ends with exit code 0.
 """
 
 import argparse

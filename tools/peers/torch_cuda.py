@@ -173,7 +173,8 @@ def product(inputs, name):
         state = QuantState(inputs.absmax.reshape(-1), shape=torch.Size([rows, columns]), code=code, blocksize=64,
                            quant_type="nf4", dtype=torch.bfloat16)  # fmt: skip
         # As its Linear4bit calls it.
-        return lambda x, codes: bitsandbytes.matmul_4bit(x, codes.t(), quant_state=state), [x, inputs.codes.reshape(-1, 1)]
+        multiply = lambda x, codes: bitsandbytes.matmul_4bit(x, codes.t(), quant_state=state)
+        return multiply, [x, inputs.codes.reshape(-1, 1)]
 
     def expand(x, codes):
         inputs.codes = codes
@@ -320,7 +321,7 @@ def main():
         for case in cases or []:
             print(f"{case['op']} ({case['case']}): {', '.join(plans(case))}")
         if cases is None:
-            print("with --inputs: torch.matmul, dequantize + torch.matmul, Triton, bitsandbytes, torch.topk; see --help")
+            print("with --inputs: torch.matmul and topk, expanding and multiplying, Triton, bitsandbytes; see --help")
         return
     if cases is None:
         parser.error("give --inputs, or --dry-run")

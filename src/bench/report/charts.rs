@@ -65,7 +65,8 @@ pub fn roofline(rows: &[&Row]) -> Option<String> {
     }
     let xs = points.iter().map(|p| p.0).chain([peak / memory]);
     let (left, right) = widened(xs);
-    let (low, high) = widened(points.iter().map(|p| p.1).chain([peak]));
+    // Above the highest line there is room for its name.
+    let (low, high) = widened(points.iter().map(|p| p.1).chain([NEAR * peak]));
     let mut svg = String::new();
     draw(&mut svg, (left, right), (low, high), "operations a byte", "GFLOP/s", &|chart| {
         let roof = |x: f64, peak: f64| (x, (x * memory).min(peak));
@@ -233,6 +234,7 @@ mod tests {
         for svg in [roofline(&rows).unwrap(), bandwidth(&rows).unwrap()] {
             assert!(svg.starts_with("<svg class=\"chart\"") && svg.contains("style=\"fill:var(--f0)\""), "{svg}");
             assert!(svg.contains("style=\"stroke:var(--ink)\"") && svg.contains("GB/s") | svg.contains("GFLOP/s"));
+            assert_eq!(svg.contains("f32 2000 GFLOP/s"), svg.contains("operations a byte"), "a level has its name");
             assert!(!svg.contains("#0") && !svg.contains("http://") | svg.contains("http://www.w3.org/2000/svg"));
         }
         assert!(roofline(&rows[1..]).is_none(), "without a copy there is no roof");
