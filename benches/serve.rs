@@ -200,16 +200,19 @@ impl Spread {
 /// What each round measured of a row: by engine, tokens a second and the processor's seconds a token.
 type Rounds = [Vec<(f64, f64)>; 2];
 
-/// Two rows beside each other: name, work and batch of the upper one, then of the lower.
-const RATIOS: [(&str, (&str, usize), (&str, usize)); 3] = [
+/// A row, by its work and batch.
+type Which = (&'static str, usize);
+
+/// Two rows beside each other: what that tells, the upper one, the lower one.
+const RATIOS: [(&str, Which, Which); 3] = [
     ("eight texts at once / one", ("decode", 8), ("decode", 1)),
     ("sixteen texts at once / one", ("decode", 16), ("decode", 1)),
     ("eight adapters / one", ("decode, eight adapters", 8), ("decode, one adapter", 8)),
 ];
 
 /// Tokens a second of one row over another's in the same round, for each engine.
-fn ratio(rows: &[Row], rates: &[Rounds], upper: (&str, usize), lower: (&str, usize)) -> [Spread; 2] {
-    let find = |(name, batch): (&str, usize)| {
+fn ratio(rows: &[Row], rates: &[Rounds], upper: Which, lower: Which) -> [Spread; 2] {
+    let find = |(name, batch): Which| {
         let at = rows.iter().position(|row| row.name == name && row.adapters.len() == batch);
         &rates[at.expect("a row that is measured")]
     };
