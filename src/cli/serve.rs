@@ -96,6 +96,10 @@ pub struct Serve {
     /// Seconds from a request to the end of its answer at most
     #[arg(long, value_name = "S", default_value_t = 120.0)]
     timeout: f64,
+    /// Seconds that a client may take to send a request's head, to send its body, or to read something of its answer;
+    /// then it loses its connection
+    #[arg(long, value_name = "S", default_value_t = 30.0)]
+    client_timeout: f64,
     /// Load and unload adapters on request, from below --adapter-root
     #[arg(long, requires = "adapter_root")]
     allow_admin: bool,
@@ -229,8 +233,8 @@ impl Serve {
         if self.max_running == 0 || self.max_tokens == 0 || self.max_body == 0 {
             return usage("--max-running, --max-tokens and --max-body are 1 or more".into());
         }
-        if !(self.timeout > 0.0 && self.timeout <= 86_400.0) {
-            return usage("--timeout is more than 0 seconds, and a day at most".into());
+        if ![self.timeout, self.client_timeout].iter().all(|&seconds| seconds > 0.0 && seconds <= 86_400.0) {
+            return usage("--timeout and --client-timeout are more than 0 seconds, and a day at most".into());
         }
         if !self.min_score.is_finite() || self.k == 0 {
             return usage("--min-score is a number, such as 0.3, and -k is 1 or more".into());
@@ -317,6 +321,7 @@ impl Serve {
             limits: Limits {
                 max_body: self.max_body,
                 timeout: Duration::from_secs_f64(self.timeout),
+                client: Duration::from_secs_f64(self.client_timeout),
                 default_tokens: self.max_tokens,
                 connections: CONNECTIONS,
             },

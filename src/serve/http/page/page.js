@@ -15,11 +15,17 @@ const turns = [];
 let running = null;
 
 function fault(text) { $("fault").hidden = !text; $("fault").textContent = text || ""; }
+// Asks for a token; a wrong one is not kept, nor sent again.
+function forget() { token = ""; store.set("token", ""); $("key").hidden = false; $("token").focus(); }
 async function ask(path, options = {}) {
-  const headers = {...(options.body ? {"Content-Type": "application/json"} : {}), ...(token ? {Authorization: "Bearer " + token} : {})};
+  const mine = token;
+  const headers = {...(options.body ? {"Content-Type": "application/json"} : {}), ...(mine ? {Authorization: "Bearer " + mine} : {})};
   const response = await fetch(path, {...options, headers});
   if (response.ok) return response;
-  if (response.status === 401) { $("key").hidden = false; $("token").focus(); }
+  if (response.status === 401) {
+    if (mine === token) forget();
+    throw new Error(mine ? "This is none of the server's tokens." : "The server asks for a token.");
+  }
   const said = await response.json().catch(() => null);
   throw new Error(said?.error?.message || "the server answered " + response.status);
 }
@@ -121,9 +127,11 @@ $("stop").onclick = () => running?.abort();
 $("clear").onclick = () => { running?.abort(); turns.length = 0; $("talk").replaceChildren(); };
 $("key").onsubmit = event => {
   event.preventDefault();
-  token = $("token").value.trim(); store.set("token", token);
+  const given = $("token").value.trim();
+  if (!given) return;
+  token = given; store.set("token", token); $("token").value = "";
   $("key").hidden = true; fault("");
-  arms().catch(error => fault(error.message));
+  arms().then(look, error => fault(error.message));
 };
 
 const series = {}, SVG = "http://www.w3.org/2000/svg";
@@ -181,7 +189,7 @@ async function look() {
     $("drift").textContent = drift ? `Questions: ${now.drift.questions}; distance of their mean from the reference ${drift.centroid_distance.toFixed(3)}, p = ${drift.p_value.toFixed(3)} for no drift.` : "";
   } catch (error) { if (!needed || token) fault(error.message); }
 }
-if (needed && !token) $("key").hidden = false;
+if (needed && !token) forget();
 else arms().catch(error => fault(error.message));
 if (!needed || token) look();
 setInterval(() => { if (!document.hidden && (!needed || token)) look(); }, 2000);
