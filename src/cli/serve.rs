@@ -124,7 +124,7 @@ pub struct Serve {
     /// Where rollbacks and the salt of the split are kept [default: beside --capture; else they end with the server]
     #[arg(long, value_name = "FILE")]
     state: Option<PathBuf>,
-    /// Roll nothing back before so many answers, or ratings, of both arms
+    /// Roll nothing back before so many answers, or ratings, of both arms; 5 or more
     #[arg(long, value_name = "N", default_value_t = Bounds::default().least)]
     rollback_least: u64,
     /// Roll an arm back when more than this share of its answers fail
@@ -295,7 +295,7 @@ impl Serve {
         });
         let state = self.state.clone().or(self.capture.as_deref().map(|path| with_end(path, ".state.json")));
         let bounds = Bounds {
-            least: self.rollback_least.max(2),
+            least: self.rollback_least.max(5),
             errors: self.rollback_errors,
             latency: self.rollback_latency,
             feedback: self.rollback_feedback,

@@ -166,6 +166,7 @@ fn metrics_are_well_formed_and_count() {
         "vllm:e2e_request_latency_seconds_count{model_name=\"tiny\"} 3",
         "vllm:inter_token_latency_seconds_count{model_name=\"tiny\"} 33",
         "vllm:num_requests_running{model_name=\"tiny\"} 0",
+        "handmill_cache_tokens{model_name=\"tiny\"} 8192",
     ] {
         assert!(metrics.body.lines().any(|found| found == line), "{line}\n{}", metrics.body);
     }

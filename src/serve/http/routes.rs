@@ -235,6 +235,7 @@ fn status(server: &Server) -> Value {
         "draining": server.draining.load(Ordering::SeqCst),
         "running": stats.running,
         "waiting": stats.waiting,
+        "cache_tokens": stats.cache_tokens,
         "cache_usage": stats.cached_tokens as f64 / stats.cache_tokens.max(1) as f64,
         "prompt_tokens": stats.prompt_tokens,
         "generation_tokens": stats.new_tokens,

@@ -16,7 +16,10 @@ let running = null;
 
 function fault(text) { $("fault").hidden = !text; $("fault").textContent = text || ""; }
 // Asks for a token; a wrong one is not kept, nor sent again.
-function forget() { token = ""; store.set("token", ""); $("key").hidden = false; $("token").focus(); }
+function forget() {
+  token = ""; store.set("token", "");
+  document.body.className = "locked"; $("key").hidden = false; $("about").textContent = "asks for a token"; $("token").focus();
+}
 async function ask(path, options = {}) {
   const mine = token;
   const headers = {...(options.body ? {"Content-Type": "application/json"} : {}), ...(mine ? {Authorization: "Bearer " + mine} : {})};
@@ -33,6 +36,7 @@ async function ask(path, options = {}) {
 async function arms() {
   const list = (await (await ask("/v1/models")).json()).data.filter(model => model.kind !== "embedding");
   const chosen = new Set([...document.querySelectorAll("#arms :checked")].map(box => box.value));
+  document.body.className = "";
   $("arms").replaceChildren(...list.map((model, i) => {
     const label = make("label"), box = make("input");
     box.type = "checkbox"; box.value = model.id;
@@ -183,10 +187,11 @@ async function look() {
     chart("new tokens a second", "", rate, 1);
     chart("requests worked on", "", now.running, 0);
     chart("requests waiting", "", now.waiting, 0);
-    chart("cache in use", " %", 100 * now.cache_usage, 0);
+    chart(`of ${now.cache_tokens} cache tokens`, " %", 100 * now.cache_usage, 0);
     aliases(now.aliases);
-    const drift = now.drift?.found;
-    $("drift").textContent = drift ? `Questions: ${now.drift.questions}; distance of their mean from the reference ${drift.centroid_distance.toFixed(3)}, p = ${drift.p_value.toFixed(3)} for no drift.` : "";
+    const drift = now.drift, found = drift?.found;
+    $("drift").textContent = found ? `Questions: ${drift.questions}; distance of their mean from the reference ${found.centroid_distance.toFixed(3)}, p = ${found.p_value.toFixed(3)} for no drift.`
+      : drift ? `Questions: ${drift.questions}; each ${drift.every} are compared with the reference.` : "";
   } catch (error) { if (!needed || token) fault(error.message); }
 }
 if (needed && !token) forget();
