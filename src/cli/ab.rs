@@ -182,7 +182,7 @@ fn show(alias: &Value) -> Result<()> {
     writeln!(
         out,
         "  {:wide$}  {:>6}  {:>8}  {:>22}  {:>24}  {:>22}",
-        "arm", "weight", "answers", "errors", "seconds", "good ratings"
+        "arm", "weight", "answers", "errors (95 %)", "seconds (95 %)", "good ratings (95 %)"
     )?;
     for arm in &arms {
         let weight = arm["weight"].as_f64().map_or("-".into(), |weight| format!("{weight}"));

@@ -81,10 +81,11 @@ pub struct Serve {
     /// Requests that may wait for that; more are told to try again
     #[arg(long, value_name = "N", default_value_t = 64)]
     max_waiting: usize,
-    /// Tokens that a prompt and its answer may have together [default: the model's context]
+    /// Tokens that a prompt and its answer may have together, at most --cache-tokens [default: the model's context]
     #[arg(long, value_name = "N")]
     context: Option<usize>,
-    /// Tokens that all requests worked on may have together
+    /// Tokens that all requests worked on may have together, whose keys and values are kept; /metrics and the page tell
+    /// how many there are
     #[arg(long, value_name = "N", default_value_t = Options::default().cache_tokens)]
     cache_tokens: usize,
     /// New tokens of a chat's answer whose request does not say how many
