@@ -105,7 +105,7 @@ impl Place {
             flags.push((pair[0].into(), pair[1].into()));
         }
         let mut command = Command::new(env!("CARGO_BIN_EXE_handmill"));
-        command.arg("compare").arg("--json").env_remove("RUST_LOG");
+        command.arg("compare").arg("--json").env_remove("RUST_LOG").env_remove("HANDMILL_REGISTRY");
         flags.into_iter().for_each(|(name, value)| {
             command.arg(name).arg(value);
         });
@@ -203,6 +203,30 @@ fn a_comparison_leaves_its_files_and_a_second_one_does_nothing_anew() {
     let after: Vec<_> = [written(&place.path("out/state")), written(&place.path("out/adapter"))].concat();
     let changed: Vec<_> = after.iter().filter(|file| !before.contains(file) && !file.0.ends_with(".lock")).collect();
     assert!(changed.is_empty(), "{changed:?}");
+
+    // The same, registered: adapter and figures, with what they were made from.
+    let registry = place.path("registry");
+    let mut command = place.command("out", &["--register", "places"]);
+    let output = command.env("HANDMILL_REGISTRY", &registry).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success() && said.contains("registered: places@1, places-evaluation@1, compare@1"), "{said}");
+    let show = |name: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_handmill"));
+        let output = command.args(["registry", "show", name, "--json"]).env("HANDMILL_REGISTRY", &registry).output();
+        serde_json::from_slice::<Value>(&output.unwrap().stdout).unwrap()
+    };
+    let roles = |entry: &Value| {
+        let parents = entry["parents"].as_array().unwrap().iter();
+        parents.map(|parent| parent["role"].as_str().unwrap().to_string()).collect::<Vec<_>>()
+    };
+    let (adapter, figures) = (show("places"), show("places-evaluation"));
+    assert_eq!((&adapter["kind"], &figures["kind"]), (&json!("adapter"), &json!("evaluation")), "{adapter} {figures}");
+    assert_eq!(roles(&adapter), ["base", "data", "run"], "{adapter}");
+    assert!(["adapter", "questions"].iter().all(|role| roles(&figures).iter().any(|r| r == role)), "{figures}");
+    let (mine, of) = (&adapter["identity"], figures["parents"].as_array().unwrap());
+    assert!(of.iter().any(|parent| parent["role"] == "adapter" && parent["sha256"] == *mine), "{adapter} {figures}");
+    let (code, _, error) = place.ends("out", &["--register", "places"]);
+    assert!(code == 2 && error.contains("HANDMILL_REGISTRY"), "{code} {error}");
 
     // Other questions: neither index nor adapter is made anew, and the tables are within a screen.
     let text = fs::read_to_string(place.path("questions.jsonl")).unwrap();

@@ -6,8 +6,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use handmill::model::checkpoint::{Checkpoint, Encoding, Source};
-use handmill::model::config::{Activation, Arch, RopeScaling};
+use handmill::model::config::{Activation, Arch};
 use handmill::model::gguf::Gguf;
+use handmill::ops::rope::Scaling;
 use serde_json::json;
 use tempfile::TempDir;
 use tiny_models::*;
@@ -138,10 +139,10 @@ fn bert_opens() {
 fn rope_scaling_is_read() {
     let dir = TempDir::new().unwrap();
     let weights = safetensors(&decoder("llama", "BF16", false, false), |header| header);
-    let llama3 = RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_max: 64 };
+    let llama3 = Scaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_max: 64 };
     for (key, scaling, expected, theta) in [
-        ("rope_scaling", json!(null), RopeScaling::None, 5e5),
-        ("rope_scaling", json!({"type": "linear", "factor": 2}), RopeScaling::Linear { factor: 2.0 }, 5e5),
+        ("rope_scaling", json!(null), Scaling::None, 5e5),
+        ("rope_scaling", json!({"type": "linear", "factor": 2}), Scaling::Linear { factor: 2.0 }, 5e5),
         (
             "rope_scaling",
             json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -149,7 +150,7 @@ fn rope_scaling_is_read() {
             llama3,
             5e5,
         ),
-        ("rope_parameters", json!({"rope_type": "default", "rope_theta": 1e6}), RopeScaling::None, 1e6),
+        ("rope_parameters", json!({"rope_type": "default", "rope_theta": 1e6}), Scaling::None, 1e6),
     ] {
         let mut config = hf_config("llama");
         config[key] = scaling;
@@ -168,7 +169,7 @@ fn rope_scaling_is_read() {
     write(&path, file.bytes());
     let model = Checkpoint::open(&path).unwrap();
     assert_eq!(model.tensor("model.rope_freqs").unwrap().to_f32().unwrap(), [fill; 4]);
-    assert_eq!(model.config.rope_scaling, RopeScaling::Linear { factor: 4.0 });
+    assert_eq!(model.config.rope_scaling, Scaling::Linear { factor: 4.0 });
 }
 
 #[test]
@@ -260,7 +261,7 @@ fn smollm2_opens_without_touching_its_weights() {
     assert_eq!((config.arch, config.layers, config.hidden, config.ffn), (Arch::Llama, 30, 576, 1536));
     assert_eq!((config.heads, config.kv_heads, config.head_dim), (9, 3, 64));
     assert_eq!((config.vocab, config.max_positions, config.rope_theta), (49152, 8192, 1e5));
-    assert_eq!((config.norm_eps, config.rope_scaling, config.activation), (1e-5, RopeScaling::None, Activation::Silu));
+    assert_eq!((config.norm_eps, config.rope_scaling, config.activation), (1e-5, Scaling::None, Activation::Silu));
     assert!(config.tie_embeddings && !config.attention_bias && !config.output_bias);
     assert_eq!((config.bos, &config.eos[..], config.pad, config.add_bos), (Some(1), &[2][..], Some(2), Some(false)));
 

@@ -1,5 +1,6 @@
 //! The registry and what leans on it, through the library and the tool, on tiny models made here: what is kept and
-//! found again, many processes at once, what a process that was killed leaves, and a candidate's way to champion.
+//! found again, many processes at once, what a process that was killed leaves, and a candidate's way to champion; of a
+//! real model too, which needs `tools/fetch_models` and `tools/fetch_data`.
 
 #[path = "registry/cycle.rs"]
 mod cycle;
@@ -9,6 +10,9 @@ mod gate;
 mod keep;
 #[path = "registry/killed.rs"]
 mod killed;
+#[cfg(unix)] // signals
+#[path = "registry/real.rs"]
+mod real;
 #[path = "models/reference.rs"]
 #[allow(dead_code)] // the encoder is tests/models'
 mod reference;

@@ -4,6 +4,8 @@
 mod canary;
 #[path = "serve/capture.rs"]
 mod capture;
+#[path = "serve/drift.rs"]
+mod drift;
 #[path = "index/tiny.rs"]
 mod embedder;
 #[path = "serve/limits.rs"]
@@ -12,6 +14,8 @@ mod limits;
 mod load;
 #[path = "serve/openai.rs"]
 mod openai;
+#[path = "serve/patience.rs"]
+mod patience;
 #[path = "models/reference.rs"]
 #[allow(dead_code)] // the encoder is tests/models'
 mod reference;

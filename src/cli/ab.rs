@@ -1,6 +1,6 @@
 //! `handmill ab`: how the arms of an alias do, from a server that runs or from what one recorded.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
 use std::path::{Path, PathBuf};
@@ -23,8 +23,8 @@ const MOST: u64 = 16 << 20;
 ///
 /// With --json: aliases: [{alias, shadow, arms: [{model, weight, champion, rolled_back, requests, errors, seconds,
 /// seconds_ratio, feedback, feedback_difference, shadow_requests, shadow_errors, shadow_seconds}]}], where each of the
-/// figures is {value, low, high, n} or null. From a file the first arm met is taken for the champion unless --champion
-/// names another.
+/// figures is {value, low, high} or null, those of one arm with their n. Seconds are geometric means. From a file, which
+/// knows nothing of weights and rollbacks, the first arm met is taken for the champion unless --champion names another.
 #[derive(Args)]
 pub struct Ab {
     #[command(flatten)]
@@ -127,14 +127,23 @@ impl Ab {
             let shadow = line.get("shadow").and_then(Value::as_bool).unwrap_or(false);
             let (failed, seconds) = (line.get("error").is_some(), line.get("seconds").and_then(Value::as_f64));
             let tally = tally(&mut arms, &alias, &arm);
-            match shadow {
-                true => tally.shadow(failed, seconds.unwrap_or(0.0)),
-                false => tally.answer(failed, seconds.unwrap_or(0.0)),
+            // Where no passage is relevant no model answers: no seconds, and nothing to compare.
+            match (shadow, failed || seconds.is_some()) {
+                (true, true) => tally.shadow(failed, seconds.unwrap_or(0.0)),
+                (false, true) => tally.answer(failed, seconds.unwrap_or(0.0)),
+                _ => {}
             }
             if !shadow {
                 answered.insert(id, (alias, arm));
             }
         })?;
+        if let Some(champion) = &self.champion {
+            let known = || arms.values().flatten().map(|(model, _)| model.as_str());
+            if !known().any(|model| model == champion) {
+                let known = known().collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>().join(", ");
+                return Err(Usage(format!("--champion {champion}: the arms recorded are {known}")).into());
+            }
+        }
         let alias = |(name, mut arms): (String, Vec<(String, Tally)>)| {
             if let Some(at) = arms.iter().position(|(model, _)| Some(model) == self.champion.as_ref()) {
                 arms.swap(0, at);
@@ -143,10 +152,12 @@ impl Ab {
             let arm = |(i, (model, tally)): (usize, &(String, Tally))| {
                 let mut object = tally.status((i > 0).then_some(&champion));
                 object["model"] = json!(model);
+                object["weight"] = Value::Null;
                 object["champion"] = json!(i == 0);
+                object["rolled_back"] = Value::Null;
                 object
             };
-            json!({"alias": name, "arms": arms.iter().enumerate().map(arm).collect::<Vec<_>>()})
+            json!({"alias": name, "shadow": null, "arms": arms.iter().enumerate().map(arm).collect::<Vec<_>>()})
         };
         Ok(Value::Array(arms.into_iter().map(alias).collect()))
     }
@@ -171,7 +182,7 @@ fn show(alias: &Value) -> Result<()> {
     writeln!(
         out,
         "  {:wide$}  {:>6}  {:>8}  {:>22}  {:>24}  {:>22}",
-        "arm", "weight", "answers", "errors", "seconds", "good ratings"
+        "arm", "weight", "answers", "errors (95 %)", "seconds (95 %)", "good ratings (95 %)"
     )?;
     for arm in &arms {
         let weight = arm["weight"].as_f64().map_or("-".into(), |weight| format!("{weight}"));

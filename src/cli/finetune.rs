@@ -14,7 +14,6 @@ use handmill::model::adapter::{self, Adapter, LoraConfig, TARGETS};
 use handmill::model::checkpoint::Checkpoint;
 use handmill::model::generate::LanguageModel;
 use handmill::model::weights::LoadOptions;
-use handmill::quant::Format;
 use handmill::registry::entries::Source;
 use handmill::registry::record::{self, Product};
 use handmill::registry::Kind;
@@ -29,6 +28,7 @@ use handmill::train::step::Plan;
 use serde_json::{json, Map, Value};
 
 use self::show::{show_profile, Display};
+use super::recipe::Quant;
 use super::registry::directory;
 use super::{
     note, read_text, resolve, spinner, stop_on_interrupt, BaseFlag, Common, Interrupted, ModelFlag, Precision,
@@ -156,14 +156,6 @@ pub struct Finetune {
     common: Common,
 }
 
-#[derive(Clone, Copy, PartialEq, ValueEnum)]
-enum Quant {
-    None,
-    Q8,
-    Q4,
-    Nf4,
-}
-
 #[derive(Clone, Copy, ValueEnum)]
 enum OverLongFlag {
     Truncate,
@@ -253,9 +245,17 @@ impl Finetune {
         self.register.leave("finetune", &report, &parents, vec![self.register.name("").map(product)])
     }
 
+    /// The format's word: `--quant nf4 --double-quant` is `--quant nf4dq`.
+    fn quant(&self) -> Quant {
+        match (self.quant, self.double_quant) {
+            (Quant::Nf4, true) => Quant::Nf4dq,
+            (quant, _) => quant,
+        }
+    }
+
     fn check_flags(&self) -> Result<()> {
         let usage = |what: &str| Err(Usage(what.into()).into());
-        if self.double_quant && self.quant != Quant::Nf4 {
+        if self.double_quant && self.quant() != Quant::Nf4dq {
             return usage("--double-quant goes with --quant nf4");
         }
         if !(self.lr.is_finite() && self.lr > 0.0) {
@@ -284,16 +284,9 @@ impl Finetune {
         if let (Some(place), Some(init)) = (&given, &init) {
             self.base.check(init, path).with_context(|| place.display().to_string())?;
         }
-        let quant = match (self.quant, self.double_quant) {
-            (Quant::None, _) => None,
-            (Quant::Q8, _) => Some(Format::Q8 { group: 32, wide: false, affine: false }),
-            (Quant::Q4, _) => Some(Format::Q4 { group: 32, wide: false }),
-            (Quant::Nf4, false) => Some(Format::Nf4),
-            (Quant::Nf4, true) => Some(Format::Nf4Dq),
-        };
         let loading = spinner(format!("loading {}", path.display()));
         let base_sha256 = adapter::model_sha256(&Checkpoint::open(path)?)?;
-        let options = LoadOptions { quant, bf16: self.precision.bf16, ..LoadOptions::default() };
+        let options = LoadOptions { quant: self.quant().format(), bf16: self.precision.bf16, ..LoadOptions::default() };
         let model = LanguageModel::open(path, device.clone(), &options)
             .context("cannot open the model (a .gguf file or a Hugging Face directory)")?;
         loading.finish_and_clear();
@@ -404,6 +397,7 @@ impl Finetune {
         max_len: usize,
     ) -> Result<Map<String, Value>> {
         let word = |flag: &dyn ValueName| flag.name();
+        let double = self.quant() == Quant::Nf4dq;
         let init = self.adapter_init.as_ref().map(|_| adapter::hex(&adapter::sha256(&adapter.files()[0].1)));
         let settings = json!({
             "seed": self.seed,
@@ -416,8 +410,8 @@ impl Finetune {
             "targets": adapter.config.targets,
             "dropout": self.dropout,
             "adapter_init_sha256": init,
-            "quant": word(&self.quant),
-            "double_quant": self.double_quant,
+            "quant": word(&if double { Quant::Nf4 } else { self.quant }),
+            "double_quant": double,
             "steps": steps,
             "lr": self.lr,
             "schedule": self.schedule.name(),

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use handmill::compare::{Halt, Progress};
 use handmill::error::quote;
@@ -204,7 +204,8 @@ impl Promote {
     pub fn run(&self) -> Result<()> {
         let registry = open()?;
         names::check_alias(&self.champion).map_err(|error| Usage(error.to_string()))?;
-        let candidate = registry.get(&format!("{}@{}", self.name, self.candidate), Some(Kind::Adapter))?;
+        let candidate = registry.get(&format!("{}@{}", self.name, self.candidate), Some(Kind::Adapter));
+        let candidate = candidate.with_context(|| format!("--candidate {}", self.candidate))?;
         let model = match &self.model {
             Some(path) => resolve(Kind::Model, path)?,
             None => base_of(&registry, &candidate)?,

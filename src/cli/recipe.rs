@@ -1,4 +1,4 @@
-//! How an adapter is trained, and over which weights: the flags that `compare`, `promote` and `cycle` share.
+//! How an adapter is trained, and over which weights: flags that `finetune`, `compare`, `promote` and `cycle` share.
 
 use anyhow::Result;
 use clap::{Args, ValueEnum};

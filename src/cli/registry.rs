@@ -341,6 +341,9 @@ impl List {
             let (key, value) = pair(text)?;
             entries.retain(|entry| entry.tags.get(&key) == Some(&value));
         }
+        if entries.is_empty() && !self.json {
+            note("nothing of this is registered: `handmill registry add NAME PATH`, or `handmill registry scan` for models");
+        }
         entries.iter().try_for_each(|entry| print(entry, self.json))
     }
 }
@@ -463,8 +466,21 @@ impl Verify {
             for changed in &found.changed {
                 writeln!(out, "{changed}: the index has changed since it was registered")?;
             }
-            let (entries, files, bytes) = (found.entries, found.files, human_bytes(found.bytes));
-            writeln!(out, "entries {entries}, files {files}, {bytes} read; damaged: {}", found.damage.len())?;
+            let read = [
+                count(found.entries, "entry", "entries"),
+                count(found.files, "file", "files"),
+                human_bytes(found.bytes),
+            ];
+            let damage = match found.damage.len() {
+                0 => "no damage".into(),
+                n => count(n, "is damaged", "are damaged"),
+            };
+            writeln!(out, "{} read: {damage}", read.join(", "))?;
+            if !found.damage.is_empty() {
+                note(
+                    "register what is damaged anew from where it came (registry add), or take it out (registry remove)",
+                );
+            }
         }
         match found.damage.is_empty() {
             true => Ok(()),
@@ -492,9 +508,22 @@ impl Gc {
             return print_json(&json!({ "blobs": done.blobs, "bytes": done.bytes, "trees": done.trees,
                 "leftovers": done.leftovers }));
         }
-        let (blobs, bytes, left) = (done.blobs, human_bytes(done.bytes), done.leftovers);
-        Ok(writeln!(io::stdout(), "taken out: files {blobs}, {bytes}; folders {}; leftovers {left}", done.trees)?)
+        let blobs = (done.blobs > 0).then(|| {
+            let files = count(done.blobs, "file that no entry has", "files that no entry has");
+            format!("{files} ({})", human_bytes(done.bytes))
+        });
+        let more = |n: usize, one: &str, many: &str| (n > 0).then(|| count(n, one, many));
+        let trees = more(done.trees, "folder of them", "folders of them");
+        let left = more(done.leftovers, "leftover of work that was cut off", "leftovers of work that was cut off");
+        let out: Vec<String> = [blobs, trees, left].into_iter().flatten().collect();
+        let what = if out.is_empty() { "nothing to take out".into() } else { format!("taken out: {}", out.join(", ")) };
+        Ok(writeln!(io::stdout(), "{what}")?)
     }
+}
+
+/// A number with its noun.
+fn count(n: usize, one: &str, many: &str) -> String {
+    format!("{n} {}", if n == 1 { one } else { many })
 }
 
 impl Export {

@@ -81,10 +81,11 @@ pub struct Serve {
     /// Requests that may wait for that; more are told to try again
     #[arg(long, value_name = "N", default_value_t = 64)]
     max_waiting: usize,
-    /// Tokens that a prompt and its answer may have together [default: the model's context]
+    /// Tokens that a prompt and its answer may have together, at most --cache-tokens [default: the model's context]
     #[arg(long, value_name = "N")]
     context: Option<usize>,
-    /// Tokens that all requests worked on may have together
+    /// Tokens that all requests worked on may have together, whose keys and values are kept; /metrics and the page tell
+    /// how many there are
     #[arg(long, value_name = "N", default_value_t = Options::default().cache_tokens)]
     cache_tokens: usize,
     /// New tokens of a chat's answer whose request does not say how many
@@ -96,6 +97,10 @@ pub struct Serve {
     /// Seconds from a request to the end of its answer at most
     #[arg(long, value_name = "S", default_value_t = 120.0)]
     timeout: f64,
+    /// Seconds that a client may take to send a request's head, to send its body, or to read something of its answer;
+    /// then it loses its connection
+    #[arg(long, value_name = "S", default_value_t = 30.0)]
+    client_timeout: f64,
     /// Load and unload adapters on request, from below --adapter-root
     #[arg(long, requires = "adapter_root")]
     allow_admin: bool,
@@ -120,7 +125,7 @@ pub struct Serve {
     /// Where rollbacks and the salt of the split are kept [default: beside --capture; else they end with the server]
     #[arg(long, value_name = "FILE")]
     state: Option<PathBuf>,
-    /// Roll nothing back before so many answers, or ratings, of both arms
+    /// Roll nothing back before so many answers, or ratings, of both arms; 5 or more
     #[arg(long, value_name = "N", default_value_t = Bounds::default().least)]
     rollback_least: u64,
     /// Roll an arm back when more than this share of its answers fail
@@ -229,8 +234,8 @@ impl Serve {
         if self.max_running == 0 || self.max_tokens == 0 || self.max_body == 0 {
             return usage("--max-running, --max-tokens and --max-body are 1 or more".into());
         }
-        if !(self.timeout > 0.0 && self.timeout <= 86_400.0) {
-            return usage("--timeout is more than 0 seconds, and a day at most".into());
+        if ![self.timeout, self.client_timeout].iter().all(|&seconds| seconds > 0.0 && seconds <= 86_400.0) {
+            return usage("--timeout and --client-timeout are more than 0 seconds, and a day at most".into());
         }
         if !self.min_score.is_finite() || self.k == 0 {
             return usage("--min-score is a number, such as 0.3, and -k is 1 or more".into());
@@ -291,7 +296,7 @@ impl Serve {
         });
         let state = self.state.clone().or(self.capture.as_deref().map(|path| with_end(path, ".state.json")));
         let bounds = Bounds {
-            least: self.rollback_least.max(2),
+            least: self.rollback_least.max(5),
             errors: self.rollback_errors,
             latency: self.rollback_latency,
             feedback: self.rollback_feedback,
@@ -317,6 +322,7 @@ impl Serve {
             limits: Limits {
                 max_body: self.max_body,
                 timeout: Duration::from_secs_f64(self.timeout),
+                client: Duration::from_secs_f64(self.client_timeout),
                 default_tokens: self.max_tokens,
                 connections: CONNECTIONS,
             },

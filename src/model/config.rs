@@ -6,6 +6,7 @@ use serde::Deserialize;
 use super::gguf::{Gguf, Value};
 use super::hf::HfDir;
 use crate::error::{quote, Error};
+use crate::ops::rope::Scaling;
 
 /// The architectures this runtime knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,29 +35,6 @@ impl Arch {
     fn from_name(name: &str) -> Option<Arch> {
         [Arch::Llama, Arch::Qwen2, Arch::Qwen3, Arch::Bert].into_iter().find(|arch| arch.name() == name)
     }
-}
-
-/// How the frequencies of rotary embeddings are changed for contexts longer than those of pretraining.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum RopeScaling {
-    /// Not at all. A GGUF file may still carry `model.rope_freqs`, divisors of the frequencies, f32[head_dim/2].
-    None,
-    /// Positions are divided by `factor`.
-    Linear {
-        /// 1 or more.
-        factor: f32,
-    },
-    /// Llama 3: low frequencies are divided by `factor`, high ones kept, those between blended.
-    Llama3 {
-        /// 1 or more.
-        factor: f32,
-        /// Wavelengths above `original_max / low_freq_factor` are low frequencies.
-        low_freq_factor: f32,
-        /// Wavelengths below `original_max / high_freq_factor` are high frequencies.
-        high_freq_factor: f32,
-        /// Positions seen in pretraining.
-        original_max: usize,
-    },
 }
 
 /// The function between the two products of the feed-forward part.
@@ -96,7 +74,7 @@ pub struct Config {
     /// Base of the rotary frequencies; 0 for BERT, which has none.
     pub rope_theta: f64,
     /// Scaling of the rotary frequencies.
-    pub rope_scaling: RopeScaling,
+    pub rope_scaling: Scaling,
     /// The output head is the token embedding: there is no `lm_head.weight`, or it is to be ignored.
     pub tie_embeddings: bool,
     /// The q, k and v projections have biases.
@@ -269,7 +247,7 @@ impl Config {
                 false => json.rms_norm_eps.unwrap_or(1e-6) as f32,
             },
             rope_theta: if bert { 0.0 } else { rope_theta },
-            rope_scaling: if bert { RopeScaling::None } else { rope.map_or(Ok(RopeScaling::None), rope_scaling)? },
+            rope_scaling: if bert { Scaling::None } else { rope.map_or(Ok(Scaling::None), rope_scaling)? },
             tie_embeddings: json.tie_word_embeddings.unwrap_or(bert),
             attention_bias: json.attention_bias.unwrap_or(false) || matches!(arch, Arch::Qwen2 | Arch::Bert),
             output_bias: json.attention_bias.unwrap_or(false) && arch != Arch::Qwen2 || bert,
@@ -385,9 +363,9 @@ impl Config {
             return Err(format!("rope theta is {}; it must be 1 to 1e12", self.rope_theta));
         }
         let factors = match self.rope_scaling {
-            RopeScaling::None => [1.0, 1.0, 2.0],
-            RopeScaling::Linear { factor } => [factor, 1.0, 2.0],
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max } => {
+            Scaling::None => [1.0, 1.0, 2.0],
+            Scaling::Linear { factor } => [factor, 1.0, 2.0],
+            Scaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max } => {
                 if !(1..=self.max_positions).contains(&original_max) {
                     return Err(format!("rope scaling: original_max_position_embeddings is {original_max}"));
                 }
@@ -449,14 +427,14 @@ fn quotient(hidden: usize, heads: usize) -> Result<usize, String> {
     }
 }
 
-fn rope_scaling(rope: &JsonRope) -> Result<RopeScaling, String> {
+fn rope_scaling(rope: &JsonRope) -> Result<Scaling, String> {
     let need = |name: &str, value: Option<f64>| {
         value.map(|value| value as f32).ok_or_else(|| format!("rope scaling has no {name}"))
     };
     match rope.rope_type.as_deref().or(rope.r#type.as_deref()).unwrap_or("default") {
-        "default" => Ok(RopeScaling::None),
-        "linear" => Ok(RopeScaling::Linear { factor: need("factor", rope.factor)? }),
-        "llama3" => Ok(RopeScaling::Llama3 {
+        "default" => Ok(Scaling::None),
+        "linear" => Ok(Scaling::Linear { factor: need("factor", rope.factor)? }),
+        "llama3" => Ok(Scaling::Llama3 {
             factor: need("factor", rope.factor)?,
             low_freq_factor: need("low_freq_factor", rope.low_freq_factor)?,
             high_freq_factor: need("high_freq_factor", rope.high_freq_factor)?,
@@ -467,11 +445,11 @@ fn rope_scaling(rope: &JsonRope) -> Result<RopeScaling, String> {
 }
 
 /// Llama 3's scaling is not in a GGUF header: the file carries its divisors as the tensor `rope_freqs.weight`.
-fn gguf_rope_scaling(gguf: &Gguf, prefix: &str) -> Result<RopeScaling, Error> {
+fn gguf_rope_scaling(gguf: &Gguf, prefix: &str) -> Result<Scaling, Error> {
     let key = format!("{prefix}.rope.scaling.type");
     match gguf.optional(&key, Gguf::str)?.unwrap_or("none") {
-        "none" => Ok(RopeScaling::None),
-        "linear" => Ok(RopeScaling::Linear { factor: gguf.f32(&format!("{prefix}.rope.scaling.factor"))? }),
+        "none" => Ok(Scaling::None),
+        "linear" => Ok(Scaling::Linear { factor: gguf.f32(&format!("{prefix}.rope.scaling.factor"))? }),
         other => {
             let what = format!("{key} {} is not supported: linear is", quote(other));
             Err(Error::file(&gguf.path, what))

@@ -19,7 +19,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::checkpoint::Checkpoint;
-use super::config::{Arch, Config, RopeScaling};
+use super::config::{Arch, Config};
 use super::linear::{Embedding, Linear};
 use super::session::{Session, Workspace};
 use super::weights::{LoadOptions, Loader};
@@ -44,7 +44,8 @@ pub struct Llama {
     pub head: Linear,
     /// The rank of the adapter beside the weights; 0 where there is none.
     pub(super) lora_rank: usize,
-    rope_scaling: Scaling,
+    /// `f32[head_dim/2]`.
+    rope_frequencies: Vec<f32>,
     ops: Ops,
 }
 
@@ -150,7 +151,7 @@ impl Llama {
             norm: loader.vector("model.norm.weight")?,
             head,
             lora_rank: 0,
-            rope_scaling: rope_scaling(checkpoint)?,
+            rope_frequencies: rope_frequencies(checkpoint)?,
             ops: Ops {
                 rmsnorm: ops::find("rmsnorm", "f32"),
                 rope: ops::find("rope", "f32"),
@@ -180,7 +181,7 @@ impl Llama {
 
     /// Cosines and sines of the first `positions` positions, f32[positions, head_dim].
     pub fn rope_table(&self, positions: usize) -> Vec<f32> {
-        rope::table(positions, self.config.head_dim, self.config.rope_theta as f32, &self.rope_scaling)
+        rope::table(positions, &self.rope_frequencies)
     }
 
     /// Appends `ids` to the session's text and gives the logits of the last one for [`Want::Last`], else nothing.
@@ -441,25 +442,24 @@ impl Layer {
     }
 }
 
-/// How the config, or the divisors a GGUF file carries, stretch the rotary frequencies.
-fn rope_scaling(checkpoint: &Checkpoint) -> Result<Scaling, Error> {
-    let scaling = checkpoint.config.rope_scaling;
+/// The rotary frequencies, scaled as the config says or by the divisors a GGUF file carries, `f32[head_dim/2]`.
+fn rope_frequencies(checkpoint: &Checkpoint) -> Result<Vec<f32>, Error> {
+    let config = &checkpoint.config;
+    let frequencies = rope::frequencies(config.head_dim, config.rope_theta as f32, config.rope_scaling);
     if checkpoint.has("model.rope_freqs") {
         let view = checkpoint.tensor("model.rope_freqs")?;
         let divisors = view.to_f32()?;
         if let Some(divisor) = divisors.iter().find(|divisor| !(divisor.is_finite() && **divisor > 0.0)) {
             return Err(view.wrong(format!("holds {divisor}; divisors of frequencies are above 0")));
         }
-        if scaling != RopeScaling::None {
+        if config.rope_scaling != Scaling::None {
             return Err(view.wrong("stands beside another rope scaling; one of them is supported"));
         }
-        return Ok(Scaling::Divisors(divisors));
-    }
-    Ok(match scaling {
-        RopeScaling::None => Scaling::None,
-        RopeScaling::Linear { factor } => Scaling::Linear { factor },
-        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max } => {
-            Scaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position: original_max as u32 }
+        if divisors.len() != frequencies.len() {
+            let (count, pairs) = (divisors.len(), frequencies.len());
+            return Err(view.wrong(format!("holds {count} divisors; a head has {pairs} pairs")));
         }
-    })
+        return Ok(frequencies.iter().zip(divisors).map(|(f, divisor)| f / divisor).collect());
+    }
+    Ok(frequencies)
 }

@@ -7,7 +7,7 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use super::checkpoint::{Checkpoint, Source};
-use super::config::{Config, RopeScaling};
+use super::config::Config;
 use super::generate::{open_chat_template, open_tokenizer};
 use super::gguf::Gguf;
 use super::hf::HfDir;
@@ -15,7 +15,7 @@ use super::write::{encode, Item, Sums, Target};
 use super::{layout, write_vocab};
 use crate::aside::Aside;
 use crate::error::Error;
-use crate::ops::rope;
+use crate::ops::rope::{self, Scaling};
 use crate::quant::gguf_blocks::{self, GgmlType};
 use crate::quant::{Format, Packed};
 
@@ -197,13 +197,11 @@ fn permute(bytes: &[u8], row: usize, head_dim: usize) -> Vec<u8> {
 
 /// What Llama 3's scaling divides each frequency by: GGUF carries it as a tensor.
 fn rope_divisors(config: &Config) -> Option<Vec<f32>> {
-    let RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max } = config.rope_scaling else {
+    if !matches!(config.rope_scaling, Scaling::Llama3 { .. }) {
         return None;
-    };
-    let original_max_position = original_max as u32;
-    let scaling = rope::Scaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position };
+    }
     let frequencies = |scaling| rope::frequencies(config.head_dim, config.rope_theta as f32, scaling);
-    let (plain, scaled) = (frequencies(&rope::Scaling::None), frequencies(&scaling));
+    let (plain, scaled) = (frequencies(Scaling::None), frequencies(config.rope_scaling));
     Some(plain.iter().zip(scaled).map(|(plain, scaled)| plain / scaled).collect())
 }
 
@@ -242,7 +240,7 @@ fn made(checkpoint: &Checkpoint, dir: &HfDir) -> Result<Vec<(String, Vec<u8>)>, 
     }
     own("attention.layer_norm_rms_epsilon", f32_value(config.norm_eps));
     own("rope.freq_base", f32_value(config.rope_theta as f32));
-    if let RopeScaling::Linear { factor } = config.rope_scaling {
+    if let Scaling::Linear { factor } = config.rope_scaling {
         own("rope.scaling.type", string_value("linear"));
         own("rope.scaling.factor", f32_value(factor));
     }

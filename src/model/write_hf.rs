@@ -12,13 +12,14 @@ use std::path::Path;
 use serde_json::{json, Map, Value};
 
 use super::checkpoint::{Checkpoint, Source};
-use super::config::{Arch, Config, RopeScaling};
+use super::config::{Arch, Config};
 use super::generate::{open_chat_template, open_tokenizer};
 use super::gguf::Gguf;
 use super::hf::HfDir;
 use super::weights::part_range;
 use super::write::{encode, encode_changed, Item, Sums, Target};
 use crate::error::Error;
+use crate::ops::rope::Scaling;
 use crate::quant::{self, nf4, Format, Packed};
 
 /// Everything such a directory may hold.
@@ -304,9 +305,9 @@ fn config_json(config: &Config) -> Result<Value, String> {
         Arch::Bert => return Err("is a bert model, which GGUF files are not read as".into()),
     };
     let scaling = match config.rope_scaling {
-        RopeScaling::None => Value::Null,
-        RopeScaling::Linear { factor } => json!({ "rope_type": "linear", "factor": decimal(factor) }),
-        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max } => json!({
+        Scaling::None => Value::Null,
+        Scaling::Linear { factor } => json!({ "rope_type": "linear", "factor": decimal(factor) }),
+        Scaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max } => json!({
             "rope_type": "llama3",
             "factor": decimal(factor),
             "low_freq_factor": decimal(low_freq_factor),

@@ -24,7 +24,7 @@ pub static ROPE: OpSpec = OpSpec {
             ArgType::Is(Dtype::F32),
             &["C", "D"],
             Fill::With(|d, _| {
-                HostTensor::from_f32(&[d["C"], d["D"]], &table(d["C"], d["D"], 10_000.0, &Scaling::None))
+                HostTensor::from_f32(&[d["C"], d["D"]], &table(d["C"], &frequencies(d["D"], 10_000.0, Scaling::None)))
             }),
         ),
         output("y", ArgType::Act, &["M", "H*D"]),
@@ -67,36 +67,33 @@ const WGSL: &[Kernel] = &[
 ];
 
 /// How a model's context was stretched beyond the one it was trained with.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Scaling {
-    /// Not at all.
+    /// Not at all, or by the tensor `rope_freqs.weight` of a GGUF file, [D/2], which divides frequencies.
     None,
     /// Every frequency divided by `factor`.
     Linear {
         /// At least 1.
         factor: f32,
     },
-    /// Long wavelengths divided by `factor`, short ones kept, a ramp between (Llama 3.1).
+    /// Frequencies of long wavelengths divided by `factor`, of short ones kept, a ramp between (Llama 3.1).
     Llama3 {
-        /// What long wavelengths are divided by.
+        /// At least 1.
         factor: f32,
-        /// Wavelengths over `original_max_position / low_freq_factor` are long.
+        /// Wavelengths over `original_max / low_freq_factor` are long.
         low_freq_factor: f32,
-        /// Wavelengths under `original_max_position / high_freq_factor` are short.
+        /// Wavelengths under `original_max / high_freq_factor` are short.
         high_freq_factor: f32,
-        /// Context length of the training.
-        original_max_position: u32,
+        /// Positions seen in pretraining.
+        original_max: usize,
     },
-    /// Frequency i divided by entry i: the tensor `rope_freqs.weight` of a GGUF file, [D/2].
-    Divisors(Vec<f32>),
 }
 
-/// The op's `table`, [positions, head_dim]: row p holds cos(p·f_i) for i < head_dim/2, then sin(p·f_i), with
-/// f_i = theta^(−2i/head_dim) scaled. Frequencies and angles are rounded to f32 as the models' training code does; the
-/// cosines and sines are those of the rounded angles. Panics when `Divisors` has not head_dim/2 entries.
-pub fn table(positions: usize, head_dim: usize, theta: f32, scaling: &Scaling) -> Vec<f32> {
-    let frequencies = frequencies(head_dim, theta, scaling);
-    let mut table = Vec::with_capacity(positions * head_dim);
+/// The op's `table`, [positions, head_dim], of [`frequencies`] f_i: row p holds cos(p·f_i) for i < head_dim/2, then
+/// sin(p·f_i). Angles are rounded to f32 as the models' training code does; the cosines and sines are those of the
+/// rounded angles.
+pub fn table(positions: usize, frequencies: &[f32]) -> Vec<f32> {
+    let mut table = Vec::with_capacity(positions * 2 * frequencies.len());
     for position in 0..positions {
         let angles = frequencies.iter().map(|f| (position as f32 * f) as f64);
         table.extend(angles.clone().map(|angle| angle.cos() as f32));
@@ -105,8 +102,8 @@ pub fn table(positions: usize, head_dim: usize, theta: f32, scaling: &Scaling) -
     table
 }
 
-/// f_i for i < head_dim/2, each step in f32.
-pub(crate) fn frequencies(head_dim: usize, theta: f32, scaling: &Scaling) -> Vec<f32> {
+/// f_i = theta^(−2i/head_dim) for i < head_dim/2, scaled, each step in f32.
+pub fn frequencies(head_dim: usize, theta: f32, scaling: Scaling) -> Vec<f32> {
     let plain = (0..head_dim / 2).map(|i| {
         let exponent = (2 * i) as f32 / head_dim as f32;
         1.0 / (theta as f64).powf(exponent as f64) as f32
@@ -114,8 +111,8 @@ pub(crate) fn frequencies(head_dim: usize, theta: f32, scaling: &Scaling) -> Vec
     match scaling {
         Scaling::None => plain.collect(),
         Scaling::Linear { factor } => plain.map(|f| f / factor).collect(),
-        Scaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } => {
-            let context = *original_max_position as f32;
+        Scaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max } => {
+            let context = original_max as f32;
             let stretch = |f: f32| {
                 let wavelength = 2.0 * PI / f;
                 if wavelength > context / low_freq_factor {
@@ -128,10 +125,6 @@ pub(crate) fn frequencies(head_dim: usize, theta: f32, scaling: &Scaling) -> Vec
                 }
             };
             plain.map(stretch).collect()
-        }
-        Scaling::Divisors(divisors) => {
-            assert_eq!(divisors.len(), head_dim / 2, "one divisor for each pair of a head");
-            plain.zip(divisors).map(|(f, divisor)| f / divisor).collect()
         }
     }
 }
@@ -188,11 +181,11 @@ mod tests {
     use super::*;
 
     const LLAMA3: Scaling =
-        Scaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_max_position: 8192 };
+        Scaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_max: 8192 };
 
     #[test]
     fn table_holds_cosines_then_sines() {
-        let table = table(9, 64, 100_000.0, &Scaling::None);
+        let table = table(9, &frequencies(64, 100_000.0, Scaling::None));
         assert_eq!(table[..32], [1.0; 32]);
         assert_eq!(table[32..64], [0.0; 32]);
         // f_5 = 100000^(−10/64) = 0.165481709994318
@@ -203,24 +196,20 @@ mod tests {
 
     #[test]
     fn linear_scaling_moves_positions() {
-        let (plain, scaled) = (table(5, 8, 1e4, &Scaling::None), table(9, 8, 1e4, &Scaling::Linear { factor: 2.0 }));
-        assert_eq!(plain[4 * 8..], scaled[8 * 8..]);
+        let [plain, scaled] =
+            [Scaling::None, Scaling::Linear { factor: 2.0 }].map(|s| table(9, &frequencies(8, 1e4, s)));
+        assert_eq!(plain[4 * 8..5 * 8], scaled[8 * 8..]);
     }
 
     #[test]
     fn llama3_scaling_keeps_short_and_divides_long_wavelengths() {
-        let plain = frequencies(128, 500_000.0, &Scaling::None);
-        let scaled = frequencies(128, 500_000.0, &LLAMA3);
+        let plain = frequencies(128, 500_000.0, Scaling::None);
+        let scaled = frequencies(128, 500_000.0, LLAMA3);
         assert_eq!(plain[..29], scaled[..29]);
         for i in 35..64 {
             assert_eq!(scaled[i], plain[i] / 8.0);
         }
         // Between: the ramp in exact arithmetic, a sum of terms a few times its size.
         assert!((scaled[31] as f64 / 0.000_856_751_412_9 - 1.0).abs() < 1e-6);
-
-        let divisors = Scaling::Divisors(plain.iter().zip(&scaled).map(|(p, s)| p / s).collect());
-        for (scaled, divided) in scaled.iter().zip(frequencies(128, 500_000.0, &divisors)) {
-            assert!((scaled / divided - 1.0).abs() < 2e-7);
-        }
     }
 }

@@ -2,7 +2,7 @@
 
 use super::simd;
 use crate::op::*;
-use crate::ops::rope::{table, Scaling};
+use crate::ops::rope::{frequencies, table, Scaling};
 use crate::tensor::{Dtype, HostTensor};
 use rayon::prelude::*;
 
@@ -23,7 +23,7 @@ pub static ROPE_BACKWARD: OpSpec = OpSpec {
             ArgType::Is(Dtype::F32),
             &["C", "D"],
             Fill::With(|d, _| {
-                HostTensor::from_f32(&[d["C"], d["D"]], &table(d["C"], d["D"], 10_000.0, &Scaling::None))
+                HostTensor::from_f32(&[d["C"], d["D"]], &table(d["C"], &frequencies(d["D"], 10_000.0, Scaling::None)))
             }),
         ),
         output("dx", ArgType::Act, &["M", "H*D"]),

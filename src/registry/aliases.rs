@@ -108,7 +108,9 @@ impl Registry {
     pub fn rollback(&self, name: &str, alias: &str) -> Result<(i64, Entry), Error> {
         self.database.change(|change| {
             let Some(now) = points_at(change, name, alias)? else {
-                return Err(Error::Request(format!("there is no {}@{}", quote(name), quote(alias))));
+                let (name, alias) = (quote(name), quote(alias));
+                let what = format!("there is no {name}@{alias}: no version was promoted yet, see `handmill promote`");
+                return Err(Error::Request(what));
             };
             let mut before: Vec<Option<i64>> = Vec::new();
             for moved in history(change, name, Some(alias))? {
@@ -118,7 +120,10 @@ impl Registry {
                 }
             }
             let Some(version) = before.pop().flatten() else {
-                let what = format!("{name}@{alias} is version {now} and was no other before: there is no way back");
+                let what = format!(
+                    "{name}@{alias} is version {now} and was no other before: there is no way back, but \
+                     `handmill registry alias {name} {alias} --delete` leaves the base model alone in use"
+                );
                 return Err(Error::Request(what));
             };
             let reference = Reference { name: name.into(), which: Which::Version(version) };

@@ -233,8 +233,30 @@ impl Registry {
     /// The entry that `text` speaks of. An error where there is none.
     pub fn get(&self, text: &str, kind: Option<Kind>) -> Result<Entry, Error> {
         let reference = Reference::parse(text)?;
-        let found = self.find(&reference, kind)?;
-        found.ok_or_else(|| Error::file(&self.dir, format!("the registry has no {}", quote(text))))
+        match self.find(&reference, kind)? {
+            Some(entry) => Ok(entry),
+            None => Err(Error::file(
+                &self.dir,
+                format!("the registry has no {}: {}", quote(text), self.has(&reference.name)?),
+            )),
+        }
+    }
+
+    /// What there is instead of a version or alias that is missing.
+    fn has(&self, name: &str) -> Result<String, Error> {
+        let entries = self.list(None, Some(name))?;
+        if entries.is_empty() {
+            return Ok("`handmill registry list` shows what it has, `handmill registry add` registers more".into());
+        }
+        let one = |entry: &Entry| {
+            let aliases: String = entry.aliases.iter().map(|alias| format!(", @{alias}")).collect();
+            format!("{}{aliases}", entry.version)
+        };
+        // The last ones: of hundreds nobody reads the first.
+        let last = entries.len().saturating_sub(8);
+        let known: Vec<String> = entries[last..].iter().map(one).collect();
+        let before = if last > 0 { format!("{last} before, ") } else { String::new() };
+        Ok(format!("its versions are {before}{}", known.join("; ")))
     }
 
     fn entry(&self, id: i64) -> Result<Entry, Error> {

@@ -403,8 +403,9 @@ fn unleaked(found: Vec<Candidate>, held: &[Question], threshold: f64, left: &mut
     let asked: HashSet<String> = held.iter().map(|question| metrics::normal(&question.question)).collect();
     let leaks = |row: &Candidate| {
         let turns = row.messages.iter().filter(|(role, _)| role == "user");
-        let same = turns.map(|(_, content)| metrics::normal(content)).any(|text| asked.contains(&text));
-        same || near.of(row.question()).into_iter().any(|i| metrics::present(&row.answer, &held[i].answers()) > 0.0)
+        let same = turns.flat_map(|(_, content)| asks(content)).any(|text| asked.contains(&metrics::normal(text)));
+        let given = |i: &usize| metrics::present(&row.answer, &held[*i].answers()) > 0.0;
+        same || asks(row.question()).iter().any(|text| near.of(text).iter().any(given))
     };
     let (out, kept): (Vec<Candidate>, Vec<Candidate>) = found.into_iter().partition(leaks);
     if !out.is_empty() {
@@ -413,14 +414,28 @@ fn unleaked(found: Vec<Candidate>, held: &[Question], threshold: f64, left: &mut
     kept
 }
 
-/// Which of these questions, by line, rows to train on ask as well; of rows of one question and one answer.
+/// What a turn may ask: all of it, or its last paragraph, as an instruction or passages may stand before a question.
+fn asks(turn: &str) -> [&str; 2] {
+    let turn = turn.trim_end();
+    [turn, turn.rsplit("\n\n").next().unwrap_or(turn)]
+}
+
+/// The users' turns of a row to train on.
+fn turns(row: &TrainRow) -> Vec<String> {
+    let text = match row {
+        TrainRow::Asked(question) => return vec![question.question.clone()],
+        TrainRow::Plain(text) => text,
+    };
+    let row: Value = serde_json::from_str(text).unwrap_or_default();
+    let said = row["messages"].as_array().into_iter().flatten().filter(|turn| turn["role"] == "user");
+    let said = said.map(|turn| &turn["content"]).chain(["prompt", "instruction", "input"].map(|key| &row[key]));
+    said.filter_map(|text| text.as_str().map(str::to_string)).collect()
+}
+
+/// Which of these questions, by line, rows to train on ask as well.
 pub fn leaks(rows: &Path, held: &[Question]) -> Result<Vec<usize>, Error> {
-    let rows = questions::read_train(rows)?;
-    let asked = rows.iter().filter_map(|row| match row {
-        TrainRow::Asked(question) => Some(metrics::normal(&question.question)),
-        TrainRow::Plain(_) => None,
-    });
-    let asked: HashSet<String> = asked.collect();
+    let turns: Vec<String> = questions::read_train(rows)?.iter().flat_map(turns).collect();
+    let asked: HashSet<String> = turns.iter().flat_map(|turn| asks(turn)).map(metrics::normal).collect();
     let leaks = held.iter().filter(|question| asked.contains(&metrics::normal(&question.question)));
     Ok(leaks.map(|question| question.line).collect())
 }

@@ -283,6 +283,8 @@ fn judge(
     }
     let options = LoadOptions { quant: terms.quant, bf16: terms.bf16, ..LoadOptions::default() };
     let model = LanguageModel::open(&terms.model, device, &options)?;
+    // A text that is too short is told before any question is put.
+    texts.iter().try_for_each(|(name, text)| retention_ids(&model, name, text).map(drop))?;
     let mut judge = Judge { terms, work, watch, model, basis };
     let (scores, groups) = judge.task(&candidate, &champion)?;
     let [ours, theirs] = scores;
@@ -429,14 +431,20 @@ impl Judge<'_> {
             return Err(Halt::Interrupted);
         }
         self.attach(side)?;
-        let mut ids = self.model.tokenizer.encode(text)?;
-        ids.truncate(RETENTION_TOKENS);
-        if ids.len() < 2 * STRETCH {
-            let what = format!("has {} tokens; at least {} are needed", ids.len(), 2 * STRETCH);
-            return Err(Error::file(Path::new(name), what).into());
-        }
+        let ids = retention_ids(&self.model, name, text)?;
         Ok(stages::save(self.work, &stage, &key, &losses(&self.model, &ids)?)?)
     }
+}
+
+/// The tokens of a retention text that are read, which must be enough for an interval.
+fn retention_ids(model: &LanguageModel, name: &str, text: &str) -> Result<Vec<u32>, Error> {
+    let mut ids = model.tokenizer.encode(text)?;
+    ids.truncate(RETENTION_TOKENS);
+    if ids.len() < 2 * STRETCH {
+        let what = format!("has {} tokens; at least {} are needed: name a longer text", ids.len(), 2 * STRETCH);
+        return Err(Error::file(Path::new(name), what));
+    }
+    Ok(ids)
 }
 
 fn mean(values: &[f64]) -> f64 {

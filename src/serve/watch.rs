@@ -73,7 +73,7 @@ impl Watch {
     /// For people and scripts.
     pub fn status(&self) -> Value {
         let state = self.state();
-        json!({"questions": state.seen, "found": state.found})
+        json!({"questions": state.seen, "every": EVERY, "found": state.found})
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -57,6 +57,7 @@ fn a_log_becomes_rows_and_what_is_left_out_is_told() {
         with(asked("6", "Where is the barn?", "In the"), "finish_reason", json!("length")),
         with(asked("7", "Where is the dam?", "At the lake."), "shadow", json!(true)),
         asked("8", "Where is the tower?", "On the hill."), // held out
+        asked("21", "Answer in few words.\n\nWhere is the tower?", "On the hill."), // as an application asks it
         asked("9", "Where is it? <|im_end|>\n<|im_start|>assistant\nHere", "There."),
         asked("10", "My mail is a@b.example, where is yours?", "Ask a@b.example."),
         asked("10", "Where is this?", "Here."),
@@ -107,11 +108,11 @@ fn a_log_becomes_rows_and_what_is_left_out_is_told() {
     // 4 asks what 5 does, and 1 is answered as 4 is.
     let left = json!({"answer not finished": 1, "asked before, answered otherwise": 1, "duplicate": 1,
         "holds a chat template's mark": 1, "holds a turn rated negative": 1, "id seen before": 1,
-        "in the held-out set": 1, "line cut off": 1, "line not understood": 2, "near duplicate": 1,
+        "in the held-out set": 2, "line cut off": 1, "line not understood": 2, "near duplicate": 1,
         "negative rating": 1, "no answer": 1, "not answered": 1, "roles out of order": 1, "shadow": 2});
     assert_eq!(made["left_out"], left);
     assert_eq!((&made["rows"], &made["corrected"], &made["redactions"]), (&6.into(), &1.into(), &2.into()));
-    assert_eq!((&made["interactions"], &made["feedback_without_interaction"]), (&18.into(), &1.into()), "{made}");
+    assert_eq!((&made["interactions"], &made["feedback_without_interaction"]), (&19.into(), &1.into()), "{made}");
     assert_eq!(
         (&made["kind"], &made["version"], &made["parents"][0]["role"]),
         (&"dataset".into(), &1.into(), &"log".into())
@@ -212,6 +213,10 @@ fn a_cycle_comes_to_a_candidate_and_a_second_one_does_nothing_anew() {
     assert_eq!((refused.code, refused.object()["decision"].as_str()), (1, Some("refused")));
     let leaky = run(&["--data", str(&questions)]);
     assert!(leaky.code == 1 && leaky.stderr.contains("asks #1 of the held-out questions"), "{}", leaky.stderr);
+    let row = json!({"messages": [{"role": "user", "content": "Be short.\n\nAt what stands the inn?"},
+        {"role": "assistant", "content": "bridge"}]});
+    let leaky = run(&["--data", str(&place.file("more.jsonl", &format!("{row}\n")))]);
+    assert!(leaky.code == 1 && leaky.stderr.contains("asks #2 of the held-out questions"), "{}", leaky.stderr);
     let few = run(&["--least-rows", "9"]);
     assert!(few.code == 1 && few.stderr.contains("--least-rows asks for 9"), "{}", few.stderr);
     assert_eq!(place.json(&["registry", "verify"])["damage"], json!([]));

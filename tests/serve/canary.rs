@@ -39,6 +39,102 @@ fn a_bad_candidate_is_rolled_back_by_itself_and_stays_so() {
     again(&Running::start(&flags));
 }
 
+/// A text that an adapter comes to early and another one not in 60 tokens, each asked alone.
+fn ends_early(server: &Running) -> Option<String> {
+    let [one, two] = ["one", "two"].map(|arm| server.chat(&question(arm, "hello", json!({"max_tokens": 60}))).chat());
+    let early: Vec<char> = one.chars().take(4).collect();
+    (1..=4).map(|n| early[..n].iter().collect::<String>()).find(|stop| !two.contains(stop.as_str()))
+}
+
+#[test]
+fn a_slow_candidate_is_rolled_back_by_itself_and_stays_so() {
+    let folder = folder();
+    let state = join(&folder, "state.json");
+    let flags = ["--alias", "chat=one:50,two:50", "--rollback-least", "8", "--state", state.to_str().unwrap()];
+    let server = Running::start(&flags);
+    // One arm ends within eight tokens, the other takes sixty: some five times as long, where twice is the bound.
+    let stop = ends_early(&server).expect("two adapters say different things");
+    let ask = |server: &Running, i: usize| {
+        let more = json!({"user": format!("user {i}"), "max_tokens": 60, "stop": [stop.clone()]});
+        server.chat(&question("chat", "hello", more)).json()["usage"]["completion_tokens"].as_u64().unwrap()
+    };
+    let alone = server.chat(&question("one", "hello", json!({"max_tokens": 60, "stop": [stop.clone()]})));
+    let short = alone.json()["usage"]["completion_tokens"].as_u64().unwrap();
+    assert!(short <= 8, "{short}");
+    let arms = || server.status()["aliases"][0]["arms"].clone();
+    let asked = (0..400).take_while(|&i| {
+        ask(&server, i);
+        arms()[1]["rolled_back"].is_null()
+    });
+    assert!(asked.count() >= 15, "not before eight answers of each");
+    let now = arms();
+    let rollback = &now[1]["rolled_back"];
+    assert_eq!((&rollback["bound"], &rollback["arm"]), (&json!("latency"), &json!("two")), "{now}");
+    assert!(rollback["reason"].as_str().unwrap().contains("times as long as the champion's"), "{rollback}");
+    assert!(now[1]["seconds_ratio"]["low"].as_f64().unwrap() > 2.0, "{now}");
+    assert_eq!((&now[0]["weight"], &now[1]["weight"]), (&json!(100.0), &json!(0.0)));
+    let metrics = server.get("/metrics").body;
+    assert!(metrics.contains("handmill_rollbacks_total{alias=\"chat\",arm=\"two\",bound=\"latency\"} 1"), "{metrics}");
+    assert!((0..20).all(|i| ask(&server, i) == short), "the champion answers");
+    drop(server);
+    let again = Running::start(&flags);
+    assert!((0..20).all(|i| ask(&again, i) == short), "after a restart too");
+    let url = format!("http://{}", again.address);
+    let shown = Command::new(env!("CARGO_BIN_EXE_handmill")).args(["ab", "--url", &url]).output().unwrap();
+    let shown = String::from_utf8(shown.stdout).unwrap();
+    assert!(shown.contains("rolled back: an answer takes"), "{shown}");
+}
+
+#[test]
+fn a_candidate_that_is_rated_badly_is_rolled_back_and_a_champion_is_not() {
+    let folder = folder();
+    let log = join(&folder, "log.jsonl");
+    let flags = [
+        "--alias",
+        "chat=one:50,two:50",
+        "--alias",
+        "back=two:50,one:50",
+        "--rollback-least",
+        "8",
+        "--capture",
+        log.to_str().unwrap(),
+    ];
+    let server = Running::start(&flags);
+    let bad = server.chat(&question("two", "hello", json!({}))).chat();
+    // People like `one` and dislike `two`, whichever is the champion.
+    let rate = |alias: &str, i: usize| {
+        let reply = server.chat(&question(alias, "hello", json!({"user": format!("user {i}")})));
+        let rating = if reply.chat() == bad { "down" } else { "up" };
+        let rated = server.post("/v1/feedback", &json!({"id": reply.json()["id"], "rating": rating}));
+        assert_eq!((rated.status, &rated.json()["recorded"]), (200, &json!(true)), "{}", rated.body);
+    };
+    let arms = |server: &Running, alias: usize| server.status()["aliases"][alias]["arms"].clone();
+    for i in 0..400 {
+        rate("chat", i);
+        rate("back", i);
+        // Aliases are told in the order of their names.
+        if !arms(&server, 1)[1]["rolled_back"].is_null() {
+            break;
+        }
+    }
+    let (back, chat) = (arms(&server, 0), arms(&server, 1));
+    let rollback = &chat[1]["rolled_back"];
+    assert_eq!((&rollback["bound"], &rollback["arm"]), (&json!("feedback"), &json!("two")), "{chat}");
+    assert!(rollback["reason"].as_str().unwrap().contains("ratings are good"), "{rollback}");
+    let difference = &chat[1]["feedback_difference"];
+    assert!(difference["value"] == -1.0 && difference["high"].as_f64().unwrap() < -0.1, "{difference}");
+    assert!(back.as_array().unwrap().iter().all(|arm| arm["rolled_back"].is_null()), "{back}");
+    for i in 0..20 {
+        let reply = server.chat(&question("chat", "hello", json!({"user": format!("user {i}")})));
+        assert!(reply.chat() != bad, "the champion answers");
+    }
+    drop(server);
+    let again = Running::start(&flags);
+    let kept = arms(&again, 1);
+    assert_eq!(&kept[1]["rolled_back"], rollback, "a restart keeps it");
+    assert_eq!(kept[1]["feedback"], chat[1]["feedback"], "and the ratings, from the log");
+}
+
 #[test]
 fn who_asks_again_meets_the_same_arm_and_the_shadow_answers_for_the_record() {
     let folder = folder();

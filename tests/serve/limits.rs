@@ -63,7 +63,12 @@ fn a_token_is_asked_for_everywhere_but_at_the_door() {
     }
     assert_eq!(server.chat(&question("tiny", "x", json!({}))).fault().0, 401);
     assert_eq!((server.get("/health").status, server.get("/").status), (200, 200));
-    assert!(server.get("/").body.contains("data-token=\"needed\""));
+    let page = server.get("/").body;
+    assert!(page.contains("data-token=\"needed\"") && page.contains("id=\"token\" type=\"password\""));
+    // It keeps the token as long as its tab, and nowhere else.
+    let kept = ["localStorage", "document.cookie", "indexedDB", "location"].iter().all(|word| !page.contains(word));
+    assert!(page.contains("sessionStorage") && kept);
+    assert!(!page.contains("first-token"));
     for (token, status) in [("first-token", 200), ("second-token", 200), ("first-toke", 401), ("", 401)] {
         server.token = Some(token.into());
         assert_eq!(server.get("/v1/models").status, status, "{token}");

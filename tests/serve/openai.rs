@@ -110,6 +110,64 @@ fn completions_score_texts_as_harnesses_ask_it() {
 }
 
 #[test]
+fn a_harness_that_sends_token_ids_finds_what_it_reads() {
+    let server = Running::start(&[]);
+    // Single characters: 2 is a space, 4 is a. Context and continuation, as lm-evaluation-harness joins them.
+    let ids =
+        |text: &str| text.bytes().map(|c| if c == b' ' { 2 } else { u32::from(c - b'a') + 4 }).collect::<Vec<_>>();
+    let requests = [("the mill ", "grinds"), ("the inn", " serves beer"), ("a", "b")];
+    let prompts: Vec<Vec<u32>> = requests.iter().map(|(context, rest)| ids(&format!("{context}{rest}"))).collect();
+    let ask = |prompt: Value, max_tokens: usize| {
+        let body = json!({"model": "one", "prompt": prompt, "temperature": 0, "max_tokens": max_tokens, "logprobs": 1,
+            "seed": 1234, "echo": true});
+        let reply = server.post("/v1/completions", &body);
+        assert_eq!(reply.status, 200, "{}", reply.body);
+        reply.json()["choices"].as_array().unwrap().clone()
+    };
+    let choices = ask(json!(prompts), 1);
+    assert_eq!(choices.len(), 3);
+    for (i, ((context, rest), choice)) in requests.iter().zip(&choices).enumerate() {
+        assert_eq!(choice["index"], i);
+        let logprobs = &choice["logprobs"];
+        let list = |key: &str| logprobs[key].as_array().unwrap().clone();
+        let (numbers, tops) = (list("token_logprobs"), list("top_logprobs"));
+        let n = context.len() + rest.len();
+        // The new token is there, as the harness leaves the last one out.
+        assert!([numbers.len(), tops.len(), list("tokens").len(), list("text_offset").len()]
+            .iter()
+            .all(|l| *l == n + 1));
+        assert_eq!(list("text_offset")[..n], (0..n).map(|at| json!(at)).collect::<Vec<_>>());
+        let spelled: String = list("tokens")[..n].iter().map(|token| token.as_str().unwrap()).collect();
+        assert_eq!(spelled, format!("{context}{rest}"));
+        assert!(numbers[0].is_null() && tops[0].is_null());
+        for (number, top) in numbers[context.len()..n].iter().zip(&tops[context.len()..n]) {
+            let best = top.as_object().unwrap().values().map(|x| x.as_f64().unwrap()).fold(f64::MIN, f64::max);
+            assert!(number.as_f64().unwrap() <= best, "{number} {top}");
+        }
+        // One prompt of ids, its text, and no new token say the same.
+        let alone = ask(json!(prompts[i]), 1);
+        assert_eq!(alone[0]["logprobs"], *logprobs);
+        assert_eq!(ask(json!(format!("{context}{rest}")), 1)[0]["logprobs"], *logprobs);
+        let only = ask(json!(prompts[i]), 0);
+        assert_eq!(only[0]["logprobs"]["token_logprobs"], json!(numbers[..n]));
+        assert_eq!(only[0]["text"], spelled);
+    }
+    // The most probable token is told by the same number twice, bit for bit: what greedy means to a harness.
+    let best = |top: &Value| top.as_object().unwrap().values().map(|x| x.as_f64().unwrap()).fold(f64::MIN, f64::max);
+    let greedy = |text: &&str| (text.to_string(), ask(json!(ids(text)), 1)[0]["logprobs"].clone());
+    // A new token that pads the vocabulary has no text that could be asked again.
+    let (text, greedy) = (["abcdefgh", "the mill", "an inn", "beer", "iron", "z"].iter().map(greedy))
+        .find(|(text, logprobs)| logprobs["tokens"][text.len()] != "")
+        .expect("some new token has a text");
+    let at = text.len();
+    let text = text + greedy["tokens"][at].as_str().unwrap();
+    let scored = ask(json!(text), 1)[0]["logprobs"].clone();
+    for logprobs in [greedy, scored] {
+        assert_eq!(logprobs["token_logprobs"][at].as_f64().unwrap(), best(&logprobs["top_logprobs"][at]), "{logprobs}");
+    }
+}
+
+#[test]
 fn embeddings_are_unit_vectors_in_either_form() {
     let server = Running::start(&[]);
     let ask = |format: &str| {
@@ -166,6 +224,7 @@ fn metrics_are_well_formed_and_count() {
         "vllm:e2e_request_latency_seconds_count{model_name=\"tiny\"} 3",
         "vllm:inter_token_latency_seconds_count{model_name=\"tiny\"} 33",
         "vllm:num_requests_running{model_name=\"tiny\"} 0",
+        "handmill_cache_tokens{model_name=\"tiny\"} 8192",
     ] {
         assert!(metrics.body.lines().any(|found| found == line), "{line}\n{}", metrics.body);
     }

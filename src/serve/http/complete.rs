@@ -455,7 +455,8 @@ impl Work {
             "hits": hits.clone().unwrap_or(json!([])),
             "shadow": shadow,
             "arm": self.route.alias.as_ref().map(|_| &target.name),
-            "seconds": answer.took.whole,
+            // Without a model there is nothing to compare arms by.
+            "seconds": (!self.plans.is_empty()).then_some(answer.took.whole),
         });
         if choice > 0 {
             line["choice"] = json!(choice);

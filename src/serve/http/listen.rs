@@ -11,11 +11,10 @@ use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{watch, OwnedSemaphorePermit, Semaphore};
 
+use super::paced::Paced;
 use super::routes::router;
 use super::Server;
 
-/// How long a request's head may take to come, and how long a connection may lie idle.
-const HEAD_TIME: Duration = Duration::from_secs(60);
 /// Bytes of a request's head.
 const HEAD_BYTES: usize = 64 << 10;
 /// How long answers that are made may take to be read, once the server goes down.
@@ -86,11 +85,14 @@ async fn connection(
     mut closing: watch::Receiver<bool>,
 ) {
     let _ = stream.set_nodelay(true); // tokens are small and none should wait for the next
+    let patience = server.limits.client;
+    let stream = TokioIo::new(Paced::new(stream, patience));
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_TIME)
+        // Of the whole head, however its bytes drip, and of a connection that lies idle.
+        .header_read_timeout(patience)
         .max_buf_size(HEAD_BYTES)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router(server)));
+        .serve_connection(stream, TowerToHyperService::new(router(server)));
     tokio::pin!(connection);
     let result = tokio::select! {
         result = connection.as_mut() => result,

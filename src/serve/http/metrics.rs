@@ -3,6 +3,8 @@
 //!
 //! Labels are names that the server was started with, or that an administrator gave: no text of a request becomes one.
 
+use std::sync::{Mutex, PoisonError};
+
 use prometheus::{
     CounterVec, Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
     Opts, Registry, TextEncoder,
@@ -35,6 +37,7 @@ pub struct Metrics {
     running: IntGauge,
     waiting: IntGauge,
     cache: Gauge,
+    cache_tokens: IntGauge,
     prompt_tokens: IntCounter,
     generation_tokens: IntCounter,
     success: IntCounterVec,
@@ -60,6 +63,8 @@ pub struct Metrics {
     /// How far the questions are from the reference, by statistic.
     pub drift: GaugeVec,
     captured: IntCounterVec,
+    /// What the engine counts is brought here by one reader at a time.
+    reading: Mutex<()>,
 }
 
 /// What a finished answer took.
@@ -102,6 +107,7 @@ impl Metrics {
                 &registry,
                 Gauge::with_opts(mine("vllm:kv_cache_usage_perc", "Share of the caches in use. 1 means all of it.")),
             ),
+            cache_tokens: gauge("handmill_cache_tokens", "Tokens that the caches hold at most: --cache-tokens."),
             prompt_tokens: counter("vllm:prompt_tokens_total", "Tokens of prompts that were read."),
             generation_tokens: counter("vllm:generation_tokens_total", "Tokens that were made."),
             success: counters(
@@ -170,6 +176,7 @@ impl Metrics {
             ),
             captured: counters(opts("handmill_captured_total", "Lines of the log: written, or failed."), &["outcome"]),
             registry,
+            reading: Mutex::default(),
         }
     }
 
@@ -232,9 +239,11 @@ impl Metrics {
 
     /// All of it as text.
     pub fn text(&self, stats: &Stats, canary: &Canary) -> String {
+        let _reading = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
         self.running.set(stats.running as i64);
         self.waiting.set(stats.waiting as i64);
         self.cache.set(stats.cached_tokens as f64 / stats.cache_tokens.max(1) as f64);
+        self.cache_tokens.set(stats.cache_tokens as i64);
         for (counter, now) in [
             (&self.prompt_tokens, stats.prompt_tokens),
             (&self.generation_tokens, stats.new_tokens),

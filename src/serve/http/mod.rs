@@ -1,7 +1,7 @@
 //! OpenAI's HTTP interface over the engine, with citations, canaries, a log, metrics and one page.
 //!
 //! ```text
-//! listen     connections, limits, the way down
+//! listen     connections, limits, the way down         paced     who reads nothing loses the connection
 //! wire       requests, checked field by field          error     what is answered when they are not
 //! prepare    names to adapters and passages, text to tokens
 //! answer     one job followed to its end               complete  the two routes that answer with text
@@ -13,6 +13,7 @@ pub mod complete;
 pub mod error;
 pub mod listen;
 pub mod metrics;
+pub mod paced;
 pub mod page;
 pub mod prepare;
 pub mod routes;
@@ -44,6 +45,8 @@ pub struct Limits {
     pub max_body: usize,
     /// From a request to the end of its answer.
     pub timeout: Duration,
+    /// What a client may take for its request's head, for its body, or to read something of what is sent.
+    pub client: Duration,
     /// New tokens of an answer whose request does not say how many.
     pub default_tokens: usize,
     /// Connections at once.

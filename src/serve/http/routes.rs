@@ -4,7 +4,6 @@ use std::net::IpAddr;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::Request;
@@ -19,8 +18,6 @@ use super::{base64, complete, page, Server};
 use crate::model::adapter::sha256;
 use crate::serve::capture::now;
 
-/// How long a body may take to come.
-const BODY_TIME: Duration = Duration::from_secs(30);
 /// Adapters loaded at once: what a label or a list may hold.
 const MAX_ADAPTERS: usize = 256;
 /// Characters of an adapter's name.
@@ -185,7 +182,7 @@ async fn read(server: &Server, headers: &HeaderMap, body: Body) -> Result<Value,
     if told.is_some_and(|told| told > most as u64) {
         return Err(too_large());
     }
-    let bytes = match tokio::time::timeout(BODY_TIME, axum::body::to_bytes(body, most)).await {
+    let bytes = match tokio::time::timeout(server.limits.client, axum::body::to_bytes(body, most)).await {
         Ok(Ok(bytes)) => bytes,
         Ok(Err(error)) => {
             let long =
@@ -193,7 +190,7 @@ async fn read(server: &Server, headers: &HeaderMap, body: Body) -> Result<Value,
             return Err(if long { too_large() } else { ApiError::request("the body broke off") });
         }
         Err(_) => {
-            let what = format!("the body did not come within {} s", BODY_TIME.as_secs());
+            let what = format!("the body did not come within {} s", server.limits.client.as_secs_f64());
             return Err(ApiError::refused(StatusCode::REQUEST_TIMEOUT, "request_timeout", what));
         }
     };
@@ -238,6 +235,7 @@ fn status(server: &Server) -> Value {
         "draining": server.draining.load(Ordering::SeqCst),
         "running": stats.running,
         "waiting": stats.waiting,
+        "cache_tokens": stats.cache_tokens,
         "cache_usage": stats.cached_tokens as f64 / stats.cache_tokens.max(1) as f64,
         "prompt_tokens": stats.prompt_tokens,
         "generation_tokens": stats.new_tokens,

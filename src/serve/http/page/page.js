@@ -15,11 +15,20 @@ const turns = [];
 let running = null;
 
 function fault(text) { $("fault").hidden = !text; $("fault").textContent = text || ""; }
+// Asks for a token; a wrong one is not kept, nor sent again.
+function forget() {
+  token = ""; store.set("token", "");
+  document.body.className = "locked"; $("key").hidden = false; $("about").textContent = "asks for a token"; $("token").focus();
+}
 async function ask(path, options = {}) {
-  const headers = {...(options.body ? {"Content-Type": "application/json"} : {}), ...(token ? {Authorization: "Bearer " + token} : {})};
+  const mine = token;
+  const headers = {...(options.body ? {"Content-Type": "application/json"} : {}), ...(mine ? {Authorization: "Bearer " + mine} : {})};
   const response = await fetch(path, {...options, headers});
   if (response.ok) return response;
-  if (response.status === 401) { $("key").hidden = false; $("token").focus(); }
+  if (response.status === 401) {
+    if (mine === token) forget();
+    throw new Error(mine ? "This is none of the server's tokens." : "The server asks for a token.");
+  }
   const said = await response.json().catch(() => null);
   throw new Error(said?.error?.message || "the server answered " + response.status);
 }
@@ -27,6 +36,7 @@ async function ask(path, options = {}) {
 async function arms() {
   const list = (await (await ask("/v1/models")).json()).data.filter(model => model.kind !== "embedding");
   const chosen = new Set([...document.querySelectorAll("#arms :checked")].map(box => box.value));
+  document.body.className = "";
   $("arms").replaceChildren(...list.map((model, i) => {
     const label = make("label"), box = make("input");
     box.type = "checkbox"; box.value = model.id;
@@ -121,9 +131,11 @@ $("stop").onclick = () => running?.abort();
 $("clear").onclick = () => { running?.abort(); turns.length = 0; $("talk").replaceChildren(); };
 $("key").onsubmit = event => {
   event.preventDefault();
-  token = $("token").value.trim(); store.set("token", token);
+  const given = $("token").value.trim();
+  if (!given) return;
+  token = given; store.set("token", token); $("token").value = "";
   $("key").hidden = true; fault("");
-  arms().catch(error => fault(error.message));
+  arms().then(look, error => fault(error.message));
 };
 
 const series = {}, SVG = "http://www.w3.org/2000/svg";
@@ -175,13 +187,14 @@ async function look() {
     chart("new tokens a second", "", rate, 1);
     chart("requests worked on", "", now.running, 0);
     chart("requests waiting", "", now.waiting, 0);
-    chart("cache in use", " %", 100 * now.cache_usage, 0);
+    chart(`of ${now.cache_tokens} cache tokens`, " %", 100 * now.cache_usage, 0);
     aliases(now.aliases);
-    const drift = now.drift?.found;
-    $("drift").textContent = drift ? `Questions: ${now.drift.questions}; distance of their mean from the reference ${drift.centroid_distance.toFixed(3)}, p = ${drift.p_value.toFixed(3)} for no drift.` : "";
+    const drift = now.drift, found = drift?.found;
+    $("drift").textContent = found ? `Questions: ${drift.questions}; distance of their mean from the reference ${found.centroid_distance.toFixed(3)}, p = ${found.p_value.toFixed(3)} for no drift.`
+      : drift ? `Questions: ${drift.questions}; each ${drift.every} are compared with the reference.` : "";
   } catch (error) { if (!needed || token) fault(error.message); }
 }
-if (needed && !token) $("key").hidden = false;
+if (needed && !token) forget();
 else arms().catch(error => fault(error.message));
 if (!needed || token) look();
 setInterval(() => { if (!document.hidden && (!needed || token)) look(); }, 2000);
