@@ -93,8 +93,10 @@ Each op's rungs in PTX, slowest first, at sizes they are meant for. Written by `
 from what `tools/ptxas_check` and the executor say; these are counts, not times.
 
 - registers, shared B: of a thread by ptxas (RESOURCES.md), of a block.
-- read: sectors of 32 bytes asked of the first-level cache, over the bytes that the operand has. moved: the same of all
-  operands, results among them, over the bytes of the contract's least.
+- read: sectors of 32 bytes over the bytes that the operand has: asked of the first-level cache; of the second, if each
+  block has 128 KiB of the first to itself, empty when it begins; of memory, if no byte comes twice. Copies past the
+  first-level cache (`cp.async.cg`, bulk) count as asked of both.
+- L2, times the least: what all operands ask of the second-level cache, results among them, over the contract's least.
 - sectors a request: a request is a warp's. 4 sectors are what 32 lanes of 4 bytes need, 16 what they need of 16 bytes;
   lanes may ask for the same bytes.
 - conflicts: waves through shared memory that were lost to a bank asked twice.
@@ -165,8 +167,8 @@ impl Ladder {
         let resources = std::fs::read_to_string(root.join("kernels/RESOURCES.md")).expect("kernels/RESOURCES.md");
         let ([(streamed, _), (other, _)], rows) = (&self.operands, self.rows.0);
         let mut text = format!(
-            "| rung | {rows} | what changed | registers | shared B | {streamed} read, times | {other} read, times | \
-             moved, times | sectors a request | conflicts | instructions | of the roofline |\n| --- |{}\n",
+            "| rung | {rows} | what changed | registers | shared B | {streamed} read: L1 / L2 / DRAM | {other} read: L1 / L2 / DRAM | \
+             L2, times the least | sectors a request | conflicts | instructions | of the roofline |\n| --- |{}\n",
             " --- |".repeat(11)
         );
         let mut told = Vec::new();
@@ -194,14 +196,14 @@ impl Ladder {
         let line = resources.lines().find(of_stem).unwrap_or_else(|| panic!("kernels/RESOURCES.md has no {stem}"));
         let registers = line.split('|').nth(3).expect("its registers").trim();
         let counts = &run.counts;
-        let moved: u64 = counts.buffers.iter().map(|b| b.sector_read + b.sector_written).sum();
+        let of_l2: u64 = counts.buffers.iter().map(|b| b.missed + b.sector_written).sum();
         let cost = (spec.cost)(&run.dims);
         let times = |moved: u64, bytes: u64| moved as f64 / bytes as f64;
         let [streamed, other] = self.operands.map(|(_, args)| read(&run, args));
         format!(
             "| `{stem}` | {rows} | {idea} | {registers} | {} | {streamed} | {other} | {:.2} | {:.1} | {} | {:.2} | {} |\n",
             run.shared,
-            times(moved, cost.bytes),
+            times(of_l2, cost.bytes),
             times(counts.global.sectors, counts.global.requests),
             counts.shared.conflicts,
             times(counts.thread_instructions, cost.flops / 2),
@@ -228,14 +230,15 @@ fn variant(spec: &OpSpec, kernel: &Kernel) -> &'static str {
     kernel.stem.strip_prefix(&format!("{}_", spec.id())).expect("a stem begins with its op and format")
 }
 
-/// Sectors read of these arguments over the bytes that they have.
+/// Sectors read of these arguments over the bytes that they have: asked for, asked of the second-level cache, different.
 fn read(run: &Counted, args: &[&str]) -> String {
-    let (mut bytes, mut moved) = (0, 0);
+    let (mut bytes, mut moved) = (0, [0; 3]);
     for name in args.iter().filter(|name| run.spec.args.iter().any(|arg| arg.name == **name)) {
         let (size, count) = run.arg(name);
-        (bytes, moved) = (bytes + size, moved + count.sector_read);
+        bytes += size;
+        moved.iter_mut().zip([count.sector_read, count.missed, count.distinct_read]).for_each(|(a, b)| *a += b);
     }
-    format!("{:.2}", moved as f64 / bytes as f64)
+    moved.map(|moved| format!("{:.2}", moved as f64 / bytes as f64)).join(" / ")
 }
 
 /// The rung's share of the roofline on each card that has a record, one folder of `records` each: at that many rows or
