@@ -147,24 +147,26 @@ fn mma_moves_each_tile_once_without_conflicts() {
 
 #[test]
 fn wgmma_moves_each_tile_once_without_conflicts() {
-    for format in ["q4", "nf4"] {
-        for m in [16, 256] {
-            let run = count("qmatmul", format, "wgmma", m);
+    // Rows of x in a tile, and numbers of them.
+    for (variant, tile, sizes) in [("wgmma", 128, [16, 256]), ("wgmma64", 64, [16, 64])] {
+        for (format, m) in ["q4", "q8", "nf4", "nf4dq"].into_iter().flat_map(|format| sizes.map(|m| (format, m))) {
+            let run = count("qmatmul", format, variant, m);
             let what = run.what();
-            let [rows, columns, _] = run.work.grid.map(u64::from);
+            let (rows, columns) = (m.div_ceil(tile) as u64, N.div_ceil(128) as u64);
 
             // A tile has 128 rows of W; beyond the last its own codes come again.
-            let (_, moved) = run.arg("codes");
-            let codes = rows * columns * 128 * K as u64 / 2;
+            let (bytes, moved) = run.arg("codes");
+            let codes = rows * columns * 128 * bytes / N as u64;
             assert_eq!((moved.read, moved.sector_read), (codes, codes), "{what}: codes");
             let (bytes, moved) = run.arg("x");
             assert_eq!((moved.read, moved.sector_read), (columns * bytes, columns * bytes), "{what}: x");
             let (bytes, moved) = run.arg("y");
             assert_eq!((moved.written, moved.sector_written), (bytes, bytes), "{what}: y");
 
-            // Eight warps take 16 columns of 16 rows of W by 128 rows of x at once, rows that are not there included.
+            // Eight warps take 16 columns of 16 rows of W by a tile's rows of x at once, those that are not there too.
             let products = rows * columns * 8 * (K as u64 / 16);
-            assert_eq!((run.counts.mma, run.counts.mma_macs), (products, products * 16 * 16 * 128), "{what}: products");
+            let macs = products * 16 * 16 * tile as u64;
+            assert_eq!((run.counts.mma, run.counts.mma_macs), (products, macs), "{what}: products");
             assert_eq!(run.counts.shared.conflicts, 0, "{what}: waves lost to bank conflicts");
         }
     }

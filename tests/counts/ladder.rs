@@ -89,8 +89,8 @@ const LADDERS: &[Ladder] = &[
 
 const HEAD: &str = "# Ladders
 
-Each op's rungs in PTX, slowest first, at sizes they are meant for. Written by `HANDMILL_WRITE=1 cargo test --test counts`
-from what `tools/ptxas_check` and the executor say; these are counts, not times.
+Each op's rungs in PTX, slowest first, at sizes they are meant for. `HANDMILL_WRITE=1 cargo test --test counts` writes
+this from what `tools/ptxas_check` and the executor say; these are counts, not times.
 
 - registers, shared B: of a thread by ptxas (RESOURCES.md), of a block.
 - read: sectors of 32 bytes over the bytes that the operand has: asked of the first-level cache; of the second, if each
@@ -101,6 +101,7 @@ from what `tools/ptxas_check` and the executor say; these are counts, not times.
   lanes may ask for the same bytes.
 - conflicts: waves through shared memory that were lost to a bank asked twice.
 - instructions: of threads, for each multiply-add of the contract. Tensor cores do many with one.
+- tensor work: multiply-adds of tensor cores, those for rows that are not there among them, over the contract's.
 - of the roofline: the measured share of what the card's copy bandwidth and fastest product allow, at that many rows or
   the next number on record, on the largest shape; a dash where no card has been measured.
 ";
@@ -167,9 +168,10 @@ impl Ladder {
         let resources = std::fs::read_to_string(root.join("kernels/RESOURCES.md")).expect("kernels/RESOURCES.md");
         let ([(streamed, _), (other, _)], rows) = (&self.operands, self.rows.0);
         let mut text = format!(
-            "| rung | {rows} | what changed | registers | shared B | {streamed} read: L1 / L2 / DRAM | {other} read: L1 / L2 / DRAM | \
-             L2, times the least | sectors a request | conflicts | instructions | of the roofline |\n| --- |{}\n",
-            " --- |".repeat(11)
+            "| rung | {rows} | what changed | registers | shared B | {streamed} read: L1 / L2 / DRAM | \
+             {other} read: L1 / L2 / DRAM | L2, times the least | sectors a request | conflicts | instructions | \
+             tensor work | of the roofline |\n| --- |{}\n",
+            " --- |".repeat(12)
         );
         let mut told = Vec::new();
         for (kernel, rows) in self.rungs(spec) {
@@ -199,9 +201,13 @@ impl Ladder {
         let of_l2: u64 = counts.buffers.iter().map(|b| b.missed + b.sector_written).sum();
         let cost = (spec.cost)(&run.dims);
         let times = |moved: u64, bytes: u64| moved as f64 / bytes as f64;
-        let [streamed, other] = self.operands.map(|(_, args)| read(&run, args));
+        let tensor = match counts.mma_macs {
+            0 => "-".to_string(),
+            products => format!("{:.2}", times(products, cost.flops / 2)),
+        };
+        let [a, b] = self.operands.map(|(_, args)| read(&run, args));
         format!(
-            "| `{stem}` | {rows} | {idea} | {registers} | {} | {streamed} | {other} | {:.2} | {:.1} | {} | {:.2} | {} |\n",
+            "| `{stem}` | {rows} | {idea} | {registers} | {} | {a} | {b} | {:.2} | {:.1} | {} | {:.2} | {tensor} | {} |\n",
             run.shared,
             times(of_l2, cost.bytes),
             times(counts.global.sectors, counts.global.requests),
@@ -230,7 +236,7 @@ fn variant(spec: &OpSpec, kernel: &Kernel) -> &'static str {
     kernel.stem.strip_prefix(&format!("{}_", spec.id())).expect("a stem begins with its op and format")
 }
 
-/// Sectors read of these arguments over the bytes that they have: asked for, asked of the second-level cache, different.
+/// Sectors read of these arguments over the bytes that they have: asked for, asked of the second cache, different.
 fn read(run: &Counted, args: &[&str]) -> String {
     let (mut bytes, mut moved) = (0, [0; 3]);
     for name in args.iter().filter(|name| run.spec.args.iter().any(|arg| arg.name == **name)) {

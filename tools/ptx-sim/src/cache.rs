@@ -1,5 +1,5 @@
-//! What lies behind a warp's requests, as far as counts can tell it: which sectors the first-level cache of a block has,
-//! and which were touched at all.
+//! What lies behind a warp's requests, as far as counts can tell it: which sectors the first-level cache of a block
+//! has, and which were touched at all.
 
 /// Sectors of 32 bytes in a line of the first-level cache, which has a tag a line and takes its sectors one by one.
 const SECTORS_A_LINE: u32 = 4;
@@ -8,8 +8,8 @@ pub(crate) const LINE_BYTES: u32 = 32 * SECTORS_A_LINE;
 /// No line.
 const NONE: u32 = u32::MAX;
 
-/// Lines of global memory, the least recently used of which makes room: fully associative, so that a miss is for want of
-/// room and not for where an address happens to lie.
+/// Lines of global memory, the least recently used of which makes room: fully associative, so that a miss is for want
+/// of room and not for where an address happens to lie.
 pub(crate) struct Cache {
     lines: Vec<Line>,
     /// First line of each bucket.
