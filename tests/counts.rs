@@ -3,6 +3,8 @@
 
 #[path = "counts/attention.rs"]
 mod attention;
+#[path = "counts/ladder.rs"]
+mod ladder;
 
 use handmill::op::{Dims, Kernel, Launch, OpSpec, Source};
 use handmill::verify;
@@ -30,17 +32,19 @@ fn count(op: &str, format: &str, variant: &str, m: usize) -> Counted {
     let stem = format!("{op}_{format}_{variant}");
     // A stem names a kernel in each language that has it.
     let mut of_stem = spec.kernels().filter(|k| k.stem == stem);
-    let found = of_stem.find_map(|kernel| match kernel.source {
-        Source::Ptx(file) => Some((kernel, file)),
-        _ => None,
-    });
-    let (kernel, file) = found.expect("a kernel of the table in PTX");
+    let kernel = of_stem.find(|k| matches!(k.source, Source::Ptx(_))).expect("a kernel of the table in PTX");
     // Both ops: M, N, K, LDY, Y0, then no bias, no low-rank term, nothing to add to.
     let mut values = vec![m, N, K, N, 0, 0, 0];
     let of_format = &spec.dims[values.len()..];
     values.extend(of_format.iter().map(|dim| if *dim == "G" { 32 } else { 0 }));
     let dims = spec.dims(&values, &vec![0.0; spec.scalars.len()]);
 
+    launched(spec, kernel, dims)
+}
+
+/// Runs a PTX kernel once.
+fn launched(spec: &'static OpSpec, kernel: &'static Kernel, dims: Dims) -> Counted {
+    let Source::Ptx(file) = kernel.source else { panic!("{} is not in PTX", kernel.stem) };
     let module = Module::parse(&file.read().expect("the kernel's file"), file.path).expect("PTX");
     let mut memory = Memory::new();
     let mut params = Vec::new();
@@ -51,8 +55,8 @@ fn count(op: &str, format: &str, variant: &str, m: usize) -> Counted {
     let work = (kernel.launch)(&dims);
     let shape = ptx_sim::Launch { grid: work.grid, block: work.block, dynamic_shared: work.shared_bytes, params };
     let options = Options { count: true, ..Options::default() };
-    let counts = launch(&module, &stem, &mut memory, &shape, &options).expect("a run").counts;
-    let shared = work.shared_bytes + module.entry(&stem).expect("the stem's entry").static_shared;
+    let counts = launch(&module, kernel.stem, &mut memory, &shape, &options).expect("a run").counts;
+    let shared = work.shared_bytes + module.entry(kernel.stem).expect("the stem's entry").static_shared;
     Counted { spec, kernel, dims, work, shared, counts }
 }
 
@@ -143,24 +147,26 @@ fn mma_moves_each_tile_once_without_conflicts() {
 
 #[test]
 fn wgmma_moves_each_tile_once_without_conflicts() {
-    for format in ["q4", "nf4"] {
-        for m in [16, 256] {
-            let run = count("qmatmul", format, "wgmma", m);
+    // Rows of x in a tile, and numbers of them.
+    for (variant, tile, sizes) in [("wgmma", 128, [16, 256]), ("wgmma64", 64, [16, 64])] {
+        for (format, m) in ["q4", "q8", "nf4", "nf4dq"].into_iter().flat_map(|format| sizes.map(|m| (format, m))) {
+            let run = count("qmatmul", format, variant, m);
             let what = run.what();
-            let [rows, columns, _] = run.work.grid.map(u64::from);
+            let (rows, columns) = (m.div_ceil(tile) as u64, N.div_ceil(128) as u64);
 
             // A tile has 128 rows of W; beyond the last its own codes come again.
-            let (_, moved) = run.arg("codes");
-            let codes = rows * columns * 128 * K as u64 / 2;
+            let (bytes, moved) = run.arg("codes");
+            let codes = rows * columns * 128 * bytes / N as u64;
             assert_eq!((moved.read, moved.sector_read), (codes, codes), "{what}: codes");
             let (bytes, moved) = run.arg("x");
             assert_eq!((moved.read, moved.sector_read), (columns * bytes, columns * bytes), "{what}: x");
             let (bytes, moved) = run.arg("y");
             assert_eq!((moved.written, moved.sector_written), (bytes, bytes), "{what}: y");
 
-            // Eight warps take 16 columns of 16 rows of W by 128 rows of x at once, rows that are not there included.
+            // Eight warps take 16 columns of 16 rows of W by a tile's rows of x at once, those that are not there too.
             let products = rows * columns * 8 * (K as u64 / 16);
-            assert_eq!((run.counts.mma, run.counts.mma_macs), (products, products * 16 * 16 * 128), "{what}: products");
+            let macs = products * 16 * 16 * tile as u64;
+            assert_eq!((run.counts.mma, run.counts.mma_macs), (products, macs), "{what}: products");
             assert_eq!(run.counts.shared.conflicts, 0, "{what}: waves lost to bank conflicts");
         }
     }
@@ -189,67 +195,5 @@ fn tiled_moves_each_tile_once_without_conflicts() {
             let allowed = if m < 64 { 1.7 } else { 1.45 };
             assert!(a_product < allowed, "{what}: {a_product:.3} instructions a multiply-add");
         }
-    }
-}
-
-/// Begins and ends the ladder in the README.
-const MARKS: [&str; 2] = ["<!-- ladder: written by tests/counts.rs -->\n", "<!-- /ladder -->"];
-
-/// A rung's row: what the assembler and the executor say of it.
-fn rung(format: &str, variant: &str, m: usize, resources: &str) -> String {
-    let run = count("qmatmul", format, variant, m);
-    let stem = run.kernel.stem;
-    // | `stem` | threads | registers | ..
-    let of_stem = |line: &&str| line.starts_with(&format!("| `{stem}` |"));
-    let line = resources.lines().find(of_stem).unwrap_or_else(|| panic!("kernels/RESOURCES.md has no {stem}"));
-    let registers = line.split('|').nth(3).expect("its registers").trim();
-
-    let (mut w, mut w_moved) = (0, 0);
-    for name in run.parts_of_w() {
-        let (bytes, moved) = run.arg(name);
-        (w, w_moved) = (w + bytes, w_moved + moved.sector_read);
-    }
-    let (x, x_moved) = run.arg("x");
-    let times = |moved: u64, bytes: u64| moved as f64 / bytes as f64;
-    let counts = &run.counts;
-    let lanes = counts.thread_instructions as f64 / (m * N * K) as f64;
-    format!(
-        "| `{stem}` | {m} | {registers} | {} | {:.2} | {:.0} | {:.1} | {:.0} % | {} | {lanes:.2} |\n",
-        run.shared,
-        times(w_moved, w),
-        times(x_moved.sector_read, x),
-        times(counts.global.sectors, counts.global.requests),
-        100.0 * times(counts.global.bytes, 32 * counts.global.sectors),
-        counts.shared.conflicts,
-    )
-}
-
-/// `HANDMILL_WRITE=1` writes it.
-#[test]
-fn the_readme_has_the_ladder_that_is_counted() {
-    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
-    let resources = std::fs::read_to_string(root.join("kernels/RESOURCES.md")).expect("kernels/RESOURCES.md");
-    let mut ladder = String::from(
-        "| rung | M | registers | shared B | W read, times | x read, times | sectors a request | bytes asked of theirs | \
-         bank conflicts | instructions a multiply-add |\n\
-         | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n",
-    );
-    for (variant, m) in [("naive", 1), ("warp", 1), ("naive", 16), ("warp", 16), ("mma", 16), ("mma", 128)] {
-        ladder += &rung("q4", variant, m, &resources);
-    }
-    for format in ["q8", "nf4", "nf4dq"] {
-        ladder += &rung(format, "warp", 1, &resources);
-        ladder += &rung(format, "mma", 128, &resources);
-    }
-
-    let path = root.join("README.md");
-    let readme = std::fs::read_to_string(&path).expect("README.md");
-    let start = readme.find(MARKS[0]).expect("the ladder's mark") + MARKS[0].len();
-    let end = start + readme[start..].find(MARKS[1]).expect("the ladder's end");
-    if std::env::var_os("HANDMILL_WRITE").is_some() {
-        std::fs::write(&path, format!("{}{ladder}{}", &readme[..start], &readme[end..])).expect("README.md");
-    } else {
-        let hint = "HANDMILL_WRITE=1 cargo test --test counts writes it";
-        assert_eq!(&readme[start..end], ladder, "README.md's ladder is stale; {hint}");
     }
 }

@@ -187,12 +187,15 @@ struct Seen<'a> {
     checked: bool,
 }
 
-/// An argument's traffic in bytes: what it must be, what threads asked for, what sectors moved.
+/// An argument's traffic in bytes: what it must be, what threads asked for, and what that is in sectors: all of them,
+/// those that go on to the second-level cache, and the different ones, which memory must move at least.
 struct Traffic {
     least: u64,
     read: u64,
     written: u64,
     sectors: u64,
+    l2: u64,
+    distinct: u64,
 }
 
 impl Seen<'_> {
@@ -201,7 +204,8 @@ impl Seen<'_> {
             let times = if arg.role == Role::InOut { 2 } else { 1 };
             let least = times * arg.bytes(self.dims, self.kernel.act) as u64;
             let sectors = seen.sector_read + seen.sector_written;
-            (arg, Traffic { least, read: seen.read, written: seen.written, sectors })
+            let (l2, distinct) = (seen.missed + seen.sector_written, seen.distinct_read + seen.distinct_written);
+            (arg, Traffic { least, read: seen.read, written: seen.written, sectors, l2, distinct })
         };
         self.spec.args.iter().zip(&self.ran.report.params).map(of).collect()
     }
@@ -233,7 +237,7 @@ impl Seen<'_> {
         let cost = (self.spec.cost)(self.dims);
         let argument = |(arg, t): (&Arg, Traffic)| {
             json!({ "name": arg.name, "least_bytes": t.least, "read": t.read, "written": t.written,
-                    "sector_bytes": t.sectors })
+                    "sector_bytes": t.sectors, "l2_bytes": t.l2, "distinct_bytes": t.distinct })
         };
         let line = |l: &ptx_sim::LineCount| {
             json!({ "line": l.line, "name": l.name, "warps": l.warps, "threads": l.threads, "sectors": l.sectors,
@@ -322,26 +326,32 @@ impl Seen<'_> {
         )?;
         writeln!(
             out,
-            "           done: {} flops{by_mma}; {} bytes asked for in sectors; DRAM sees fewer where caches hold them",
+            "           done: {} flops{by_mma}; in sectors {} bytes asked for, {} of L2 where each block has an L1 of {} KiB, \
+             {} of DRAM at least",
             grouped(flops + mma_flops),
-            grouped(sum(|t| t.sectors))
+            grouped(sum(|t| t.sectors)),
+            grouped(sum(|t| t.l2)),
+            Options::default().l1_bytes >> 10,
+            grouped(sum(|t| t.distinct))
         )?;
         writeln!(
             out,
-            "\n{:<10} {:>14} {:>14} {:>14} {:>14} {:>8}",
-            "argument", "least bytes", "read", "written", "in sectors", "x least"
+            "\n{:<10} {:>14} {:>14} {:>14} {:>14} {:>8} {:>14} {:>14}",
+            "argument", "least bytes", "read", "written", "in sectors", "x least", "of L2", "of DRAM, least"
         )?;
         for (arg, t) in &traffic {
             let ratio =
                 if t.least == 0 { "-".to_string() } else { format!("{:.2}", t.sectors as f64 / t.least as f64) };
             writeln!(
                 out,
-                "{:<10} {:>14} {:>14} {:>14} {:>14} {ratio:>8}",
+                "{:<10} {:>14} {:>14} {:>14} {:>14} {ratio:>8} {:>14} {:>14}",
                 arg.name,
                 grouped(t.least),
                 grouped(t.read),
                 grouped(t.written),
-                grouped(t.sectors)
+                grouped(t.sectors),
+                grouped(t.l2),
+                grouped(t.distinct)
             )?;
         }
         Ok(())

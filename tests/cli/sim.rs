@@ -17,6 +17,10 @@ fn sim_counts_what_a_kernel_does() {
     let bytes = |i: usize, key: &str| found["arguments"][i][key].as_u64().unwrap();
     assert_eq!((bytes(0, "least_bytes"), bytes(0, "read")), (7 * 33 * 4, 2 * 7 * 33 * 4));
     assert_eq!((bytes(1, "read"), bytes(2, "written"), bytes(2, "read")), (7 * 33 * 4, 7 * 33 * 4, 0));
+    // The second reading of a row finds it in the first-level cache; the two blocks share gain and one sector of x.
+    let moved = |i: usize| ["sector_bytes", "l2_bytes", "distinct_bytes"].map(|key| bytes(i, key));
+    assert_eq!(moved(0)[1..], [30 * 32, 29 * 32]);
+    assert_eq!((moved(0)[0] > 2 * moved(0)[2], moved(1)[1..].to_vec()), (true, vec![2 * 160, 160]));
     assert_eq!((found["grid"].clone(), found["out_of_bounds"].as_u64()), (serde_json::json!([2, 1, 1]), Some(0)));
     let mix = found["mix"].as_array().unwrap();
     let fma = mix.iter().find(|m| m["name"] == "fma.rn.f32").unwrap();
@@ -29,9 +33,15 @@ fn sim_counts_what_a_kernel_does() {
 fn sim_shows_tables_and_a_trace_to_a_person() {
     let run = handmill(&["sim", KERNEL, "--dim", "M=7", "--dim", "K=33", "--trace", "1,2", "--trace-steps", "30"]);
     assert_eq!(run.code, 0, "{}", run.stderr);
-    for words in
-        ["grid 2 x 1 x 1", "findings: none", "%row = 6", "%in = x+792, x+796 .. x+916", "first 30 instructions"]
-    {
+    for words in [
+        "grid 2 x 1 x 1",
+        "findings: none",
+        "of DRAM, least",
+        "an L1 of 128 KiB",
+        "%row = 6",
+        "%in = x+792, x+796 .. x+916",
+        "first 30 instructions",
+    ] {
         assert!(run.stdout.contains(words), "no {words:?} in {}", run.stdout);
     }
     let run = handmill(&["sim", KERNEL, "--unchecked"]);

@@ -6,6 +6,7 @@
 //! | `warp` | a warp streams two rows of W once past 16 rows of x, which lie in shared memory | few tokens |
 //! | `mma` | tensor cores; x in bf16, W decoded to bf16 in registers | many tokens |
 //! | `wgmma` | the same on warpgroups, codes brought by the copy engine | many tokens on compute capability 9.0 |
+//! | `wgmma64` | tiles of 64 rows of x in place of 128: half the products for few rows | up to 64 tokens there |
 //!
 //! How much of the tolerance `mma` uses: let u = 2^-8, the unit roundoff of bf16. x is exact, being the input; a weight
 //! is decoded in f32 and rounded once, so each term x·w is off by at most u·|x·w|, and decoding, scale, bias and the
@@ -33,23 +34,37 @@ pub const KERNELS_Q4: &[Kernel] = &[
     ptx!("qmatmul_q4_naive", row_by_columns, columns_fit),
     ptx!("qmatmul_q4_warp", sixteen_by_sixteen, rows_fit),
     tensor_cores(ptx!("qmatmul_q4_mma", tiles, whole_vectors)),
-    tensor_cores(ptx!("qmatmul_q4_wgmma", hopper_tiles, hopper_q4)),
+    tensor_cores(ptx!("qmatmul_q4_wgmma", |d| hopper_tiles(d, 128, CODES_4BIT), groups_of_32)),
+    tensor_cores(ptx!("qmatmul_q4_wgmma64", |d| hopper_tiles(d, 64, CODES_4BIT), |d, caps| {
+        d["M"] <= 64 && groups_of_32(d, caps)
+    })),
 ];
 pub const KERNELS_Q8: &[Kernel] = &[
     ptx!("qmatmul_q8_naive", row_by_columns, columns_fit),
     ptx!("qmatmul_q8_warp", sixteen_by_sixteen, rows_fit),
     tensor_cores(ptx!("qmatmul_q8_mma", tiles, columns_fit)),
+    tensor_cores(ptx!("qmatmul_q8_wgmma", |d| hopper_tiles(d, 128, CODES_8BIT), groups_of_32)),
+    tensor_cores(ptx!("qmatmul_q8_wgmma64", |d| hopper_tiles(d, 64, CODES_8BIT), |d, caps| {
+        d["M"] <= 64 && groups_of_32(d, caps)
+    })),
 ];
 pub const KERNELS_NF4: &[Kernel] = &[
     ptx!("qmatmul_nf4_naive", row_by_columns, columns_fit),
     ptx!("qmatmul_nf4_warp", sixteen_by_sixteen, rows_fit),
     tensor_cores(ptx!("qmatmul_nf4_mma", tiles, columns_fit)),
-    tensor_cores(ptx!("qmatmul_nf4_wgmma", hopper_tiles, hopper)),
+    tensor_cores(ptx!("qmatmul_nf4_wgmma", |d| hopper_tiles(d, 128, CODES_4BIT), hopper)),
+    tensor_cores(ptx!("qmatmul_nf4_wgmma64", |d| hopper_tiles(d, 64, CODES_4BIT), |d, caps| {
+        d["M"] <= 64 && hopper(d, caps)
+    })),
 ];
 pub const KERNELS_NF4DQ: &[Kernel] = &[
     ptx!("qmatmul_nf4dq_naive", row_by_columns, columns_fit),
     ptx!("qmatmul_nf4dq_warp", sixteen_by_sixteen, rows_fit),
     tensor_cores(ptx!("qmatmul_nf4dq_mma", tiles, columns_fit)),
+    tensor_cores(ptx!("qmatmul_nf4dq_wgmma", |d| hopper_tiles(d, 128, CODES_4BIT), hopper)),
+    tensor_cores(ptx!("qmatmul_nf4dq_wgmma64", |d| hopper_tiles(d, 64, CODES_4BIT), |d, caps| {
+        d["M"] <= 64 && hopper(d, caps)
+    })),
 ];
 
 /// The same with activations in bf16.
@@ -106,13 +121,18 @@ fn whole_vectors(d: &Dims, caps: &Caps) -> bool {
     columns_fit(d, caps) && d["K"].is_multiple_of(32)
 }
 
-/// Shared memory of `wgmma`: four tiles of 128 columns of 128 rows, x in bf16 and 4-bit codes; eight mbarriers.
-const HOPPER_BYTES: usize = 4 * (128 * 128 * 2 + 128 * 64) + 8 * 8;
+/// Bytes of 128 columns of 128 rows of codes in shared memory: rows of 8-bit codes lie 144 bytes apart.
+const CODES_4BIT: usize = 128 * 64;
+const CODES_8BIT: usize = 128 * 144;
 
-/// `wgmma`: tiles of 128 rows of x by 128 rows of W.
-fn hopper_tiles(d: &Dims) -> Launch {
-    let grid = [d["M"].div_ceil(128) as u32, d["N"].div_ceil(128) as u32, 1];
-    Launch { grid, block: [384, 1, 1], shared_bytes: HOPPER_BYTES as u32 }
+/// `wgmma` and `wgmma64`: tiles of so many `rows` of x by 128 rows of W. Shared memory holds four tiles of 128 columns,
+/// x in bf16 and `codes`, and eight mbarriers.
+fn hopper_tiles(d: &Dims, rows: usize, codes: usize) -> Launch {
+    let (m, n) = (d["M"].div_ceil(rows) as u32, d["N"].div_ceil(128) as u32);
+    let shared_bytes = (4 * (rows * 128 * 2 + codes) + 8 * 8) as u32;
+    // `wgmma64` is for one tile of x.
+    let grid = if rows == 64 { [n, 1, 1] } else { [m, n, 1] };
+    Launch { grid, block: [384, 1, 1], shared_bytes }
 }
 
 /// Code for sm_90a runs on compute capability 9.0 and on no other.
@@ -121,6 +141,6 @@ fn hopper(d: &Dims, caps: &Caps) -> bool {
 }
 
 /// A step of 32 columns lies in one group.
-fn hopper_q4(d: &Dims, caps: &Caps) -> bool {
+fn groups_of_32(d: &Dims, caps: &Caps) -> bool {
     hopper(d, caps) && d["G"].is_multiple_of(32)
 }

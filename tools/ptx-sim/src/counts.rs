@@ -73,6 +73,14 @@ pub struct BufferCount {
     pub sector_read: u64,
     /// Bytes of the sectors stored.
     pub sector_written: u64,
+    /// Of the sectors loaded, the bytes of those that the block's first-level cache did not have, or was not asked for:
+    /// what the second-level cache is asked for. It holds the lines used last ([`crate::Options::l1_bytes`]) and is
+    /// empty when a block begins, in the order in which warps run here, each to its next barrier.
+    pub missed: u64,
+    /// Bytes of the different sectors loaded: what memory must be read for at least, however large the caches.
+    pub distinct_read: u64,
+    /// Bytes of the different sectors stored.
+    pub distinct_written: u64,
 }
 
 impl Counts {
@@ -116,10 +124,11 @@ impl Counts {
             a.written += b.written;
             a.sector_read += b.sector_read;
             a.sector_written += b.sector_written;
+            a.missed += b.missed;
         }
     }
 
-    /// A warp's access of `bytes` at each lane's offset in one buffer (none: the module's own variables).
+    /// A warp's access of `bytes` at each lane's offset in one buffer (none: the module's own variables): its sectors.
     pub(crate) fn global_access(
         &mut self,
         pc: usize,
@@ -128,8 +137,9 @@ impl Counts {
         lanes: u32,
         bytes: u32,
         store: bool,
-    ) {
-        let n = sectors(offsets, lanes, bytes);
+    ) -> ([u32; 64], usize) {
+        let (seen, found) = sectors(offsets, lanes, bytes);
+        let n = found as u64;
         let asked = u64::from(lanes.count_ones() * bytes);
         self.global.requests += 1;
         self.global.sectors += n;
@@ -141,6 +151,7 @@ impl Counts {
             *total += asked;
             *by_sector += 32 * n;
         }
+        (seen, found)
     }
 
     /// One thread's bulk copy out of a buffer; with those of the other lanes it is one request.
@@ -152,6 +163,7 @@ impl Counts {
         self.lines[pc].sectors += sectors;
         self.buffers[buffer].read += u64::from(bytes);
         self.buffers[buffer].sector_read += 32 * sectors;
+        self.buffers[buffer].missed += 32 * sectors;
     }
 
     /// A warp's access of shared memory, `bytes` at each lane's offset.
@@ -174,7 +186,7 @@ impl Counts {
 }
 
 /// Distinct 32-byte sectors under the lanes' accesses.
-fn sectors(offsets: &[u32; 32], lanes: u32, bytes: u32) -> u64 {
+fn sectors(offsets: &[u32; 32], lanes: u32, bytes: u32) -> ([u32; 64], usize) {
     let mut seen = [0u32; 64];
     let mut n = 0;
     for l in (0..32).filter(|l| lanes >> l & 1 == 1) {
@@ -187,7 +199,7 @@ fn sectors(offsets: &[u32; 32], lanes: u32, bytes: u32) -> u64 {
             }
         }
     }
-    n as u64
+    (seen, n)
 }
 
 /// Passes that the lanes' words need: the most distinct words in one bank.
@@ -217,12 +229,12 @@ mod tests {
 
     #[test]
     fn sectors_of_known_patterns() {
-        assert_eq!(sectors(&offsets(|l| 4 * l), u32::MAX, 4), 4);
-        assert_eq!(sectors(&offsets(|l| 16 * l), u32::MAX, 16), 16);
-        assert_eq!(sectors(&offsets(|l| 128 * l), u32::MAX, 4), 32);
-        assert_eq!(sectors(&offsets(|_| 64), u32::MAX, 4), 1);
-        assert_eq!(sectors(&offsets(|l| 4 * l + 16), u32::MAX, 4), 5);
-        assert_eq!(sectors(&offsets(|l| 128 * l), 0b101, 4), 2);
+        assert_eq!(sectors(&offsets(|l| 4 * l), u32::MAX, 4).1, 4);
+        assert_eq!(sectors(&offsets(|l| 16 * l), u32::MAX, 16).1, 16);
+        assert_eq!(sectors(&offsets(|l| 128 * l), u32::MAX, 4).1, 32);
+        assert_eq!(sectors(&offsets(|_| 64), u32::MAX, 4).1, 1);
+        assert_eq!(sectors(&offsets(|l| 4 * l + 16), u32::MAX, 4).1, 5);
+        assert_eq!(sectors(&offsets(|l| 128 * l), 0b101, 4).1, 2);
     }
 
     #[test]

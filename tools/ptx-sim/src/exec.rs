@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 
 use crate::ast::Special;
+use crate::cache::Caches;
 use crate::check::{Findings, GlobalShadow, Kind, SharedShadow};
 use crate::counts::{Counts, LineCount};
 use crate::decode::dynamic_base;
@@ -39,6 +40,7 @@ pub(crate) struct Ctx<'a> {
     pub shared: u32,
     pub dynamic_shared: u32,
     pub count: bool,
+    pub l1_bytes: u32,
     pub trace: Option<TraceWarp>,
     pub step_limit: u64,
 }
@@ -73,6 +75,7 @@ pub(crate) struct Machine<'a> {
     pub shadow: Option<SharedShadow>,
     pub findings: Findings,
     pub counts: Counts,
+    pub caches: Caches,
     pub trace: Vec<TraceStep>,
     tracing: bool,
     pub barriers: Vec<crate::barrier::Barrier>,
@@ -92,6 +95,10 @@ impl<'a> Machine<'a> {
             Vec::new()
         };
         let buffers = if ctx.count { vec![Default::default(); ctx.views.len()] } else { Vec::new() };
+        let caches = match ctx.count {
+            true => Caches::new(ctx.l1_bytes, &ctx.program.names, ctx.views.len()),
+            false => Caches::new(0, &[], 0),
+        };
         Machine {
             ctx,
             at: [0; 3],
@@ -100,6 +107,7 @@ impl<'a> Machine<'a> {
             shadow: checked.then(|| SharedShadow::new(ctx.shared.max(1), ctx.program.shared_grain)),
             findings: Findings::default(),
             counts: Counts { lines, buffers, ..Counts::default() },
+            caches,
             trace: Vec::new(),
             tracing: false,
             barriers: Vec::new(),
@@ -161,6 +169,7 @@ impl<'a> Machine<'a> {
         (self.fenced, self.atomic) = (false, false);
         self.barriers = (0..16).map(|_| Default::default()).collect();
         self.mbarriers.clear();
+        self.caches.l1.clear();
         if let Some(shadow) = &mut self.shadow {
             shadow.begin_block();
         }

@@ -248,7 +248,11 @@ impl Machine<'_> {
             if let (Region::Buffer(b), true) = (source.region, source.good != 0) {
                 if self.ctx.count {
                     let first = l == exec.trailing_zeros();
-                    self.counts.bulk_access(w.pc as usize, b, source.offsets[l as usize], bytes, first);
+                    let (pc, offset) = (w.pc as usize, source.offsets[l as usize]);
+                    self.counts.bulk_access(pc, b, offset, bytes, first);
+                    for sector in offset / 32..=(offset + bytes - 1) / 32 {
+                        self.caches.access(pc, b, self.ctx.views[b].len, sector, false);
+                    }
                 }
                 for (i, chunk) in data.chunks_exact_mut(16).enumerate() {
                     let mut part = crate::span::Span { ..source };

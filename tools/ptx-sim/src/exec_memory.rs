@@ -159,8 +159,18 @@ impl Machine<'_> {
         let pc = w.pc as usize;
         match span.region {
             Region::Shared => self.counts.shared_access(pc, &span.offsets, span.good, bytes),
-            Region::Buffer(b) => self.counts.global_access(pc, Some(b), &span.offsets, span.good, bytes, store),
-            Region::Module => self.counts.global_access(pc, None, &span.offsets, span.good, bytes, store),
+            Region::Buffer(b) => {
+                let (sectors, n) = self.counts.global_access(pc, Some(b), &span.offsets, span.good, bytes, store);
+                let len = self.ctx.views[b].len;
+                for &sector in &sectors[..n] {
+                    if self.caches.access(pc, b, len, sector, store) && !store {
+                        self.counts.buffers[b].missed += 32;
+                    }
+                }
+            }
+            Region::Module => {
+                self.counts.global_access(pc, None, &span.offsets, span.good, bytes, store);
+            }
             Region::Const | Region::Nowhere => {}
         }
     }

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use rayon::prelude::*;
 
 use crate::ast::ParamDecl;
+use crate::cache::Sectors;
 use crate::check::{Finding, Findings, GlobalShadow, Kind};
 use crate::counts::{BufferCount, Counts};
 use crate::decode::{decode, dynamic_base};
@@ -96,11 +97,14 @@ pub struct Options {
     pub step_limit: u64,
     /// Blocks at a time; 0 for as many as rayon has threads.
     pub threads: usize,
+    /// Bytes of the first-level cache that [`BufferCount::missed`] supposes for each block. A multiprocessor's is shared
+    /// with its other blocks and with shared memory, 192 or 256 KiB in all.
+    pub l1_bytes: u32,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { checked: false, count: false, trace: None, step_limit: 1 << 30, threads: 0 }
+        Options { checked: false, count: false, trace: None, step_limit: 1 << 30, threads: 0, l1_bytes: 128 << 10 }
     }
 }
 
@@ -269,6 +273,7 @@ pub fn launch(
         shared: shared as u32,
         dynamic_shared: launch.dynamic_shared,
         count: options.count,
+        l1_bytes: options.l1_bytes,
         trace: options.trace.clone(),
         step_limit: options.step_limit,
     };
@@ -430,7 +435,7 @@ fn run_grid(ctx: &Ctx, blocks: u64, options: &Options) -> Result<Report, Error> 
                 }
             }
         }
-        (machine.findings, machine.counts, machine.trace)
+        (machine.findings, machine.counts, machine.trace, machine.caches.touched)
     };
     let results: Vec<_> = if workers == 1 {
         vec![work(0)]
@@ -442,14 +447,22 @@ fn run_grid(ctx: &Ctx, blocks: u64, options: &Options) -> Result<Report, Error> 
     }
     let mut report = Report::default();
     let mut findings = Findings::default();
-    for (i, (found, counts, trace)) in results.into_iter().enumerate() {
+    let mut touched: Vec<[Sectors; 2]> = Vec::new();
+    for (i, (found, counts, trace, sectors)) in results.into_iter().enumerate() {
         findings.merge(found);
         if i == 0 {
-            report.counts = counts;
+            (report.counts, touched) = (counts, sectors);
         } else {
             report.counts.merge(&counts);
+            for (all, [loaded, stored]) in touched.iter_mut().zip(sectors) {
+                all[0].merge(loaded);
+                all[1].merge(stored);
+            }
         }
         report.trace.extend(trace);
+    }
+    for (count, [loaded, stored]) in report.counts.buffers.iter_mut().zip(&touched) {
+        (count.distinct_read, count.distinct_written) = (loaded.bytes(), stored.bytes());
     }
     report.findings = findings.into_list(ctx.kernel);
     Ok(report)

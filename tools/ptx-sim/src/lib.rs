@@ -48,6 +48,7 @@
 
 mod ast;
 mod barrier;
+mod cache;
 mod check;
 mod compare;
 mod constexpr;

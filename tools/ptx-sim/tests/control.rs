@@ -3,6 +3,7 @@
 mod common;
 
 use common::{checked, kernel, run, run_with, u32s, unchecked, Buf};
+use ptx_sim::Options;
 
 /// Runs one warp whose lanes store `%r9`, checked and unchecked; the 32 results.
 fn lanes(body: &str) -> Vec<u32> {
@@ -222,4 +223,24 @@ fn counts_of_a_small_kernel() {
     assert_eq!(counts.buffers[0].sector_read, 256);
     assert_eq!(counts.thread_instructions, 9 * 32);
     assert_eq!(counts.mix()[0].2, 64);
+}
+
+#[test]
+fn what_a_first_level_cache_lets_pass() {
+    // A warp loads 128 bytes twice, 128 others past the cache twice, and stores the first; two blocks do the same.
+    let source = kernel(
+        1,
+        "mov.u32 %r0, %tid.x; mad.wide.u32 %d0, %r0, 4, %d20;\nld.global.u32 %r1, [%d0];\nld.global.nc.u32 %r2, [%d0];\n\
+         ld.global.cg.u32 %r3, [%d0 + 128];\nld.global.cg.u32 %r4, [%d0 + 128];\nst.global.u32 [%d0], %r1;\nret;",
+    );
+    let of = |l1_bytes| {
+        let options = Options { count: true, l1_bytes, ..Options::default() };
+        let ran = run_with(&source, [2, 1, 1], [32, 1, 1], 0, &[Buf::In(vec![0; 512])], &[], &options).unwrap();
+        ran.report.counts.buffers[0]
+    };
+    let seen = of(128 << 10);
+    assert_eq!((seen.sector_read, seen.sector_written), (2 * 4 * 128, 2 * 128));
+    assert_eq!(seen.missed, 2 * (128 + 2 * 128), "each block's cache begins empty");
+    assert_eq!((seen.distinct_read, seen.distinct_written), (2 * 128, 128));
+    assert_eq!(of(0).missed, seen.sector_read, "no cache");
 }
