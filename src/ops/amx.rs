@@ -66,6 +66,12 @@ pub fn available() -> bool {
 
 /// Runs `work` with this thread's eight tiles set up as 16 rows of 64 bytes.
 pub fn with_tiles(work: impl FnOnce()) {
+    with_rows(ROWS, work)
+}
+
+/// Runs `work` with this thread's tiles 0 and 1 (C) and 4 and 5 (A) set up as `rows` ≤ 16 rows of 64 bytes, the others as
+/// 16: a product takes as many cycles as A has rows.
+pub fn with_rows(rows: usize, work: impl FnOnce()) {
     #[repr(C, align(64))]
     struct Config {
         palette: u8,
@@ -86,6 +92,10 @@ pub fn with_tiles(work: impl FnOnce()) {
     let mut config = Config { palette: 1, start: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
     config.row_bytes[..8].fill(64);
     config.rows[..8].fill(ROWS as u8);
+    assert!((1..=ROWS).contains(&rows), "{rows} rows of a tile");
+    for tile in [0, 1, 4, 5] {
+        config.rows[tile] = rows as u8;
+    }
     // SAFETY: `available` was true, and the configuration is a valid one of palette 1.
     unsafe { asm!("ldtilecfg [{}]", in(reg) &config, options(nostack, readonly)) };
     let _release = Release;
@@ -230,6 +240,22 @@ pub fn pack_a(x: &[f32], ld: usize, rows: usize, width: usize, out: &mut [Packed
                 // SAFETY: a row of a tile is 64 bytes.
                 unsafe { _mm512_storeu_si512(out.0[16 * r..16 * r + 16].as_mut_ptr().cast(), part) };
             }
+        }
+    }
+}
+
+/// 32 columns of up to 16 rows, each from `x` every `ld` numbers, as one tile of A whose place i holds column `order[i]`;
+/// other rows of the tile stay as they are, so that they have no effect must be seen to by those who read C.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+pub fn pack_a_ordered(x: &[f32], ld: usize, rows: usize, order: &[u16; DEPTH], out: &mut Packed) {
+    assert!(rows <= ROWS);
+    // SAFETY: 64 bytes.
+    let order = unsafe { _mm512_loadu_si512(order.as_ptr().cast()) };
+    for r in 0..rows {
+        for (out, part) in out.iter_mut().zip(pairs(&x[r * ld..][..DEPTH])) {
+            let mixed = _mm512_permutexvar_epi16(order, part);
+            // SAFETY: a row of a tile is 64 bytes.
+            unsafe { _mm512_storeu_si512(out.0[16 * r..16 * r + 16].as_mut_ptr().cast(), mixed) };
         }
     }
 }

@@ -7,7 +7,7 @@
 //!     yᵀ[32, M] = those rows · [x | S | 1]ᵀ           two by two tiles of C
 //! ```
 
-use super::cpu::{arguments, Args};
+use super::args::{arguments, Args};
 use crate::op::*;
 use crate::ops::amx::{self, Packed, Scratch, DEPTH, ROWS};
 use crate::ops::vector::{for_simd, Body, Vector};

@@ -1,4 +1,5 @@
-//! `qmatmul` on the CPU, three rungs a format, the last two for each instruction set, and one for AMX in a room of its own:
+//! `qmatmul` on the CPU, three rungs a format, the last two for each instruction set, and those for AMX in rooms of their
+//! own:
 //!
 //! | variant | idea | for |
 //! | --- | --- | --- |
@@ -6,6 +7,7 @@
 //! | `gemm` | decode W once into f32, then one large product by the `gemm` crate | many tokens |
 //! | `amx` | the same on tiles of bf16, three to a number | processors that have them |
 //! | `rows` | a row of W is decoded in registers as it streams by and meets every x: no decoded W in memory | M ≤ 16 |
+//! | `amx_codes` | codes on tiles as they are, scales on their products | codes, where there are tiles |
 //!
 //! ```text
 //! rows:  for n in 0..N, threads side by side
@@ -13,10 +15,11 @@
 //!            y[m,n] = Σ lanes of acc[m] + Σ over g of min[n,g] · xsum[m,g]      xsum: once a launch, not once a row
 //! ```
 
+use super::args::{arguments, Args, Extra};
 use crate::op::*;
 use crate::ops::team;
 use crate::ops::vector::{for_simd, prefetch, Body, Portable, Vector, LANES};
-use crate::ops::weights::{part_count, Weights, SCALE_ROWS};
+use crate::ops::weights::{Weights, SCALE_ROWS};
 use crate::quant;
 use crate::tensor::Dtype;
 use rayon::prelude::*;
@@ -40,7 +43,7 @@ const SERIAL: usize = 1 << 16;
 
 /// A format's three rungs in three instruction sets.
 macro_rules! kernels {
-    ($name:ident, $word:literal) => {
+    ($name:ident, $word:literal $(, $codes:ident)?) => {
         pub const $name: &[Kernel] = &[
             rung(concat!("qmatmul_", $word, "_naive"), |d, a| naive($word, d, a), always),
             rung(concat!("qmatmul_", $word, "_gemm"), |d, a| gemm($word, Simd::Portable, d, a), always),
@@ -51,16 +54,20 @@ macro_rules! kernels {
             rung(concat!("qmatmul_", $word, "_rows"), |d, a| rows($word, Simd::Portable, d, a), few_rows),
             rung(concat!("qmatmul_", $word, "_rows_avx2"), |d, a| rows($word, Simd::Avx2, d, a), few_rows_avx2),
             rung(concat!("qmatmul_", $word, "_rows_avx512"), |d, a| rows($word, Simd::Avx512, d, a), few_rows_avx512),
+            $(
+                #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+                rung(concat!("qmatmul_", $word, "_amx_codes"), |d, a| super::$codes::launch($word, d, a), super::$codes::supports),
+            )?
         ];
     };
 }
 kernels!(KERNELS_F32, "f32");
 kernels!(KERNELS_F16, "f16");
 kernels!(KERNELS_BF16, "bf16");
-kernels!(KERNELS_Q4, "q4");
-kernels!(KERNELS_Q8, "q8");
-kernels!(KERNELS_NF4, "nf4");
-kernels!(KERNELS_NF4DQ, "nf4dq");
+kernels!(KERNELS_Q4, "q4", amx_codes);
+kernels!(KERNELS_Q8, "q8", amx_codes);
+kernels!(KERNELS_NF4, "nf4", amx_codes);
+kernels!(KERNELS_NF4DQ, "nf4dq", amx_codes);
 
 const fn rung(stem: &'static str, body: fn(&Dims, &mut [Slice<'_>]), supports: fn(&Dims, &Caps) -> bool) -> Kernel {
     Kernel { stem, source: Source::Rust(body), act: Dtype::F32, launch: no_grid, supports }
@@ -85,111 +92,6 @@ fn few_rows_avx2(d: &Dims, caps: &Caps) -> bool {
 
 fn few_rows_avx512(d: &Dims, caps: &Caps) -> bool {
     few_rows(d, caps) && avx512(d, caps)
-}
-
-/// A launch's arguments by name.
-pub struct Args<'a> {
-    pub m: usize,
-    pub n: usize,
-    pub k: usize,
-    pub x: &'a [f32],
-    pub w: Weights<'a>,
-    pub extra: Extra<'a>,
-    pub y: Output<'a>,
-}
-
-/// What is added to a product: the bias and the low-rank term.
-#[derive(Clone, Copy)]
-pub struct Extra<'a> {
-    pub bias: &'a [f32],
-    pub s: f32,
-    pub r: usize,
-    pub lora_s: &'a [f32],
-    pub lora_b: &'a [f32],
-}
-
-impl Extra<'_> {
-    /// Of element (m, n).
-    #[inline]
-    fn at(&self, m: usize, n: usize) -> f32 {
-        let bias = self.bias.get(n).copied().unwrap_or(0.0);
-        if self.r == 0 {
-            return bias;
-        }
-        let (s, b) = (&self.lora_s[m * self.r..][..self.r], &self.lora_b[n * self.r..][..self.r]);
-        bias + self.s * s.iter().zip(b).map(|(s, b)| s * b).sum::<f32>()
-    }
-}
-
-/// y's columns Y0..Y0+N, written by several threads, each its own columns or rows.
-pub struct Output<'a> {
-    first: *mut f32,
-    ld: usize,
-    m: usize,
-    n: usize,
-    _memory: std::marker::PhantomData<&'a mut [f32]>,
-}
-
-// SAFETY: threads write through `set` and `row` at places that are theirs alone.
-unsafe impl Sync for Output<'_> {}
-
-impl<'a> Output<'a> {
-    fn new(y: &'a mut [f32], ld: usize, y0: usize, m: usize, n: usize) -> Output<'a> {
-        assert!(y0 + n <= ld && y.len() == m * ld, "columns {y0}+{n} of y[{m},{ld}]");
-        let start = y0.min(y.len());
-        let first = y[start..].as_mut_ptr();
-        Output { first, ld, m, n, _memory: std::marker::PhantomData }
-    }
-
-    /// Writes element (m, n).
-    ///
-    /// # Safety
-    /// No other thread touches this element meanwhile.
-    #[inline]
-    unsafe fn set(&self, m: usize, n: usize, value: f32) {
-        debug_assert!(m < self.m && n < self.n);
-        // SAFETY: `new` saw that the element lies in y; the caller that no one else touches it.
-        unsafe { *self.first.add(m * self.ld + n) = value }
-    }
-
-    /// Where element (m, n) lies.
-    pub fn at(&self, m: usize, n: usize) -> *mut f32 {
-        assert!(m < self.m && n < self.n);
-        self.first.wrapping_add(m * self.ld + n)
-    }
-
-    /// Numbers from one row to the next.
-    pub fn stride(&self) -> usize {
-        self.ld
-    }
-
-    /// Row m.
-    ///
-    /// # Safety
-    /// No other thread touches this row meanwhile.
-    #[allow(clippy::mut_from_ref)]
-    unsafe fn row(&self, m: usize) -> &mut [f32] {
-        assert!(m < self.m);
-        // SAFETY: `new` saw that the row lies in y; the caller that no one else touches it.
-        unsafe { std::slice::from_raw_parts_mut(self.first.add(m * self.ld), self.n) }
-    }
-}
-
-pub fn arguments<'a>(word: &str, d: &Dims, args: &'a mut [Slice<'_>]) -> Args<'a> {
-    let (m, n, k) = (d["M"], d["N"], d["K"]);
-    let (y, inputs) = args.split_last_mut().expect("arguments of the contract");
-    let [x, rest @ ..] = &*inputs else { unreachable!("arguments of the contract") };
-    let (parts, rest) = rest.split_at(part_count(word));
-    let [bias, lora_s, lora_b] = rest else { unreachable!("arguments of the contract") };
-    Args {
-        m,
-        n,
-        k,
-        x: x.f32(),
-        w: Weights::new(word, d, parts),
-        extra: Extra { bias: bias.f32(), s: d.scalar("s"), r: d["R"], lora_s: lora_s.f32(), lora_b: lora_b.f32() },
-        y: Output::new(y.f32_mut(), d["LDY"], d["Y0"], m, n),
-    }
 }
 
 /// One row of W after another: decode, then M dot products.
@@ -252,9 +154,9 @@ fn add_low_rank(a: &Args<'_>) {
             a.m,
             a.n,
             r,
-            a.y.first,
+            a.y.first(),
             1,
-            a.y.ld as isize,
+            a.y.stride() as isize,
             true,
             lora_s.as_ptr(),
             1,
@@ -283,9 +185,9 @@ fn multiply(a: &Args<'_>, first: usize, w: &[f32]) {
             a.m,
             rows,
             a.k,
-            a.y.first.add(first),
+            a.y.first().add(first),
             1,
-            a.y.ld as isize,
+            a.y.stride() as isize,
             false,
             a.x.as_ptr(),
             1,

@@ -6,6 +6,9 @@
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx_codes;
+mod args;
 mod cpu;
 mod ptx;
 mod wgsl;
@@ -83,6 +86,7 @@ const Q4_CASES: &[Case] = &[
     case_with(&[66, 130, 96, 131, 1, 1, 20, 16, 1], &[0.5], "half a tile of columns left over, rank 20"),
     case_with(&[17, 129, 256, 129, 0, 0, 0, 128, 1], &[0.0], "groups of 128, f32 scales"),
     case_with(&[16, 70, 1088, 70, 0, 1, 3, 64, 0], &[0.5], "16 rows, columns past two steps of 512, groups of 64"),
+    case_with(&[130, 34, 1600, 34, 0, 0, 2, 32, 0], &[0.5], "more rows than a core's cache holds in bf16 parts"),
     case_with(&[33, 192, 576, 192, 0, 0, 0, 32, 0], &[0.0], "SmolLM2-135M's keys"),
     case_with(&[1, 576, 1536, 576, 0, 0, 0, 32, 0], &[0.0], "SmolLM2-135M's down projection, one token"),
 ];
