@@ -3,6 +3,8 @@
 
 #[path = "counts/attention.rs"]
 mod attention;
+#[path = "counts/nf4.rs"]
+mod nf4;
 #[path = "counts/qmatmul.rs"]
 mod qmatmul;
 
