@@ -87,3 +87,31 @@ fn splitk_spreads_few_rows_over_a_card() {
         }
     }
 }
+
+/// Instructions of a weight, without what a block does once: what two widths differ by.
+fn instructions_a_weight(format: &str, variant: &str, m: usize, n: usize) -> f64 {
+    let instructions = |k| count_of("qmatmul", format, variant, [m, n, k], &[("G", 32)]).counts.thread_instructions;
+    (instructions(1024) - instructions(512)) as f64 / (n * 512) as f64
+}
+
+#[test]
+fn splitk_runs_fewer_instructions_than_warp() {
+    // Decoding takes 1.9 or 2.4 of them in q4 and nf4; what a tile costs besides is shared by one or two strips.
+    for (format, m, n, allowed) in [
+        ("q4", 1, 1024, 5.0),
+        ("q4", 1, 4096, 3.9),
+        ("q4", 16, 4096, 4.5),
+        ("q8", 16, 1024, 7.3),
+        ("nf4", 1, 1024, 5.0),
+        ("nf4", 1, 4096, 4.0),
+        ("nf4", 16, 4096, 4.8),
+        ("nf4dq", 16, 4096, 5.2),
+    ] {
+        let a_weight = instructions_a_weight(format, "splitk", m, n);
+        assert!(a_weight < allowed, "qmatmul_{format}_splitk, M {m}, N {n}: {a_weight:.3} instructions a weight");
+    }
+    // 29.6: every product is an instruction there.
+    let (splitk, warp) =
+        (instructions_a_weight("q4", "splitk", 16, 1024), instructions_a_weight("q4", "warp", 16, 1024));
+    assert!(4.0 * splitk < warp, "{splitk:.3} instructions a weight, {warp:.3} in warp");
+}
