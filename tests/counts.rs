@@ -5,6 +5,10 @@
 mod attention;
 #[path = "counts/ladder.rs"]
 mod ladder;
+#[path = "counts/nf4.rs"]
+mod nf4;
+#[path = "counts/qmatmul.rs"]
+mod qmatmul;
 
 use handmill::op::{Dims, Kernel, Launch, OpSpec, Source};
 use handmill::verify;
@@ -28,15 +32,20 @@ struct Counted {
 
 /// Runs `<op>_<format>_<variant>` once on M rows; groups of 32 and f16 scales, as GGUF files have them.
 fn count(op: &str, format: &str, variant: &str, m: usize) -> Counted {
+    count_of(op, format, variant, [m, N, K], &[("G", 32)])
+}
+
+/// The same of M, N and K; of the format's own dims those that are not 0.
+fn count_of(op: &str, format: &str, variant: &str, [m, n, k]: [usize; 3], own: &[(&str, usize)]) -> Counted {
     let spec = handmill::ops::find(op, format);
     let stem = format!("{op}_{format}_{variant}");
     // A stem names a kernel in each language that has it.
     let mut of_stem = spec.kernels().filter(|k| k.stem == stem);
     let kernel = of_stem.find(|k| matches!(k.source, Source::Ptx(_))).expect("a kernel of the table in PTX");
     // Both ops: M, N, K, LDY, Y0, then no bias, no low-rank term, nothing to add to.
-    let mut values = vec![m, N, K, N, 0, 0, 0];
+    let mut values = vec![m, n, k, n, 0, 0, 0];
     let of_format = &spec.dims[values.len()..];
-    values.extend(of_format.iter().map(|dim| if *dim == "G" { 32 } else { 0 }));
+    values.extend(of_format.iter().map(|dim| own.iter().find(|(name, _)| name == dim).map_or(0, |(_, value)| *value)));
     let dims = spec.dims(&values, &vec![0.0; spec.scalars.len()]);
 
     launched(spec, kernel, dims)

@@ -319,7 +319,7 @@ impl BaseFlag {
 /// How exactly a model computes.
 #[derive(Args)]
 struct Precision {
-    /// Round what meets the weights to bf16 where that is faster: on cuda and ptx-sim, for 17 rows and more
+    /// Round what meets the weights to bf16 where that is faster: on cuda and ptx-sim, for 8 rows and more
     #[arg(long)]
     bf16: bool,
 }

@@ -1,4 +1,4 @@
-//! `qmatmul` in PTX, up to three rungs a format:
+//! `qmatmul` in PTX, up to five rungs a format:
 //!
 //! | variant | idea | for |
 //! | --- | --- | --- |
@@ -7,6 +7,7 @@
 //! | `mma` | tensor cores; x in bf16, W decoded to bf16 in registers | many tokens |
 //! | `wgmma` | the same on warpgroups, codes brought by the copy engine | many tokens on compute capability 9.0 |
 //! | `wgmma64` | tiles of 64 rows of x in place of 128: half the products for few rows | up to 64 tokens there |
+//! | `splitk` | tensor cores on strips of 16 rows of W, the eight warps of a block split K | up to 16 tokens in bf16 |
 //!
 //! How much of the tolerance `mma` uses: let u = 2^-8, the unit roundoff of bf16. x is exact, being the input; a weight
 //! is decoded in f32 and rounded once, so each term x·w is off by at most u·|x·w|, and decoding, scale, bias and the
@@ -14,6 +15,21 @@
 //! (they may truncate where f32 rounds): K sums by K·2^-14·u, below sqrt(K)·u for K up to 2^28. So even when no two
 //! errors cancel, all of them fit in the sqrt(K + R) + 6 roundings of u that are allowed. `wgmma` decodes in bf16: level
 //! or scale, absmax or min and the weight are rounded, three roundings for each term in place of one, which fit as well.
+//! So does `splitk` in q4; in nf4 it rounds the level alone, in q8 the weight alone. That it adds eight sums in place of
+//! one changes nothing: they are parts of the same f32 sum, taken in the same order every time.
+//!
+//! Why `mma` is not given the scales' windows of `splitk`, with which scales come in whole sectors: two sectors of 128
+//! rows' scales and mins are 16 KiB, by which its three tiles of 64 rows of x no longer leave room for a second block on
+//! compute capability 8.6 and 8.9. For more than 16 rows of x the tensor cores decide, and the sectors that it asks for
+//! again come from the first-level cache; for up to 16 rows there is `splitk`.
+//!
+//! Why codes keep the order of rows, and are not laid out on upload so that 16 bytes are a lane's fragments. Counted in
+//! `splitk`, q4: a lane runs 159 instructions for its 32 weights of a tile at M = 1, 196 at M = 16. Packed codes would
+//! save one of two loads and the 8 or 16 byte permutations that bring x into the order of the codes: 6 to 9 %. Nothing
+//! else: W's sectors are asked for 1.00 times as it is; 16 rows by 64 columns are 512 bytes, four waves through shared
+//! memory in and four out, however they are ordered, without conflicts; loads past shared memory would use whole sectors
+//! in either order. For that every other reader of W, the gradient and the embedding in three languages among them, would
+//! need a second copy of it or another text, and the contract a word for the order.
 
 use crate::op::*;
 use crate::tensor::Dtype;
@@ -38,6 +54,7 @@ pub const KERNELS_Q4: &[Kernel] = &[
     tensor_cores(ptx!("qmatmul_q4_wgmma64", |d| hopper_tiles(d, 64, CODES_4BIT), |d, caps| {
         d["M"] <= 64 && groups_of_32(d, caps)
     })),
+    tensor_cores(ptx!("qmatmul_q4_splitk", strips_q4, few_rows_q4)),
 ];
 pub const KERNELS_Q8: &[Kernel] = &[
     ptx!("qmatmul_q8_naive", row_by_columns, columns_fit),
@@ -47,6 +64,7 @@ pub const KERNELS_Q8: &[Kernel] = &[
     tensor_cores(ptx!("qmatmul_q8_wgmma64", |d| hopper_tiles(d, 64, CODES_8BIT), |d, caps| {
         d["M"] <= 64 && groups_of_32(d, caps)
     })),
+    tensor_cores(ptx!("qmatmul_q8_splitk", strips_q8, few_rows_q8)),
 ];
 pub const KERNELS_NF4: &[Kernel] = &[
     ptx!("qmatmul_nf4_naive", row_by_columns, columns_fit),
@@ -56,6 +74,7 @@ pub const KERNELS_NF4: &[Kernel] = &[
     tensor_cores(ptx!("qmatmul_nf4_wgmma64", |d| hopper_tiles(d, 64, CODES_4BIT), |d, caps| {
         d["M"] <= 64 && hopper(d, caps)
     })),
+    tensor_cores(ptx!("qmatmul_nf4_splitk", strips_nf4, few_rows_nf4)),
 ];
 pub const KERNELS_NF4DQ: &[Kernel] = &[
     ptx!("qmatmul_nf4dq_naive", row_by_columns, columns_fit),
@@ -65,6 +84,7 @@ pub const KERNELS_NF4DQ: &[Kernel] = &[
     tensor_cores(ptx!("qmatmul_nf4dq_wgmma64", |d| hopper_tiles(d, 64, CODES_4BIT), |d, caps| {
         d["M"] <= 64 && hopper(d, caps)
     })),
+    tensor_cores(ptx!("qmatmul_nf4dq_splitk", strips_nf4, few_rows_nf4)),
 ];
 
 /// The same with activations in bf16.
@@ -119,6 +139,52 @@ fn tiles(d: &Dims) -> Launch {
 /// Rows of 4-bit codes begin at multiples of 16 bytes: all but groups of 16 in odd number see to that.
 fn whole_vectors(d: &Dims, caps: &Caps) -> bool {
     columns_fit(d, caps) && d["K"].is_multiple_of(32)
+}
+
+/// `splitk`: strips of 16 rows of W, one a block up to 128 blocks, two in blocks of many. A tile has 512 columns of each
+/// strip, `codes` bytes a row, of x, and `windows` bytes a row of scales; one strip has four tiles in shared memory, two
+/// have three.
+fn strips(d: &Dims, codes: usize, windows: usize) -> Launch {
+    let (blocks, strips) = if d["N"] > 128 * 16 { (d["N"].div_ceil(32).max(128), 2) } else { (d["N"].div_ceil(16), 1) };
+    let shared = (5 - strips) * (d["M"] * 512 * 2 + strips * 16 * (codes + windows));
+    Launch { grid: [blocks as u32, 1, 1], block: [256, 1, 1], shared_bytes: shared as u32 }
+}
+
+/// Bytes of a row's scales in shared memory: those of a tile, at least a sector, and 16 since a row begins anywhere.
+fn window(d: &Dims) -> usize {
+    (512 * (2 << d["WIDE"]) / d["G"]).max(32) + 16
+}
+
+fn strips_q4(d: &Dims) -> Launch {
+    strips(d, 256, 2 * window(d))
+}
+
+/// 8-bit codes: always one strip, or x would find no room.
+fn strips_q8(d: &Dims) -> Launch {
+    let shared = 4 * (d["M"] * 512 * 2 + 16 * (512 + (1 + d["AFFINE"]) * window(d)));
+    Launch { grid: [d["N"].div_ceil(16) as u32, 1, 1], block: [256, 1, 1], shared_bytes: shared as u32 }
+}
+
+fn strips_nf4(d: &Dims) -> Launch {
+    strips(d, 256, 32 + 16)
+}
+
+/// Rows of x that two products have, where their tiles find room.
+fn few_rows(d: &Dims, caps: &Caps, launch: fn(&Dims) -> Launch) -> bool {
+    d["M"] <= 16 && launch(d).shared_bytes <= caps.shared_bytes
+}
+
+/// No group is longer than a tile.
+fn few_rows_q4(d: &Dims, caps: &Caps) -> bool {
+    d["K"].is_multiple_of(32) && d["G"] <= 512 && few_rows(d, caps, strips_q4)
+}
+
+fn few_rows_q8(d: &Dims, caps: &Caps) -> bool {
+    d["G"] <= 512 && few_rows(d, caps, strips_q8)
+}
+
+fn few_rows_nf4(d: &Dims, caps: &Caps) -> bool {
+    few_rows(d, caps, strips_nf4)
 }
 
 /// Bytes of 128 columns of 128 rows of codes in shared memory: rows of 8-bit codes lie 144 bytes apart.
