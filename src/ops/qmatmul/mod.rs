@@ -100,6 +100,7 @@ const Q8_CASES: &[Case] = &[
     case_with(&[66, 130, 80, 131, 1, 1, 20, 16, 1, 1], &[0.5], "a quarter of a tile of columns left over, rank 20"),
     case_with(&[17, 129, 256, 129, 0, 0, 0, 128, 1, 0], &[0.0], "groups of 128, f32 scales"),
     case_with(&[16, 70, 1088, 70, 0, 1, 3, 64, 0, 0], &[0.5], "16 rows, columns past two steps of 512, groups of 64"),
+    case_with(&[33, 192, 576, 192, 0, 0, 0, 32, 0, 0], &[0.0], "SmolLM2-135M's keys"),
     case_with(&[1, 768, 576, 768, 0, 0, 0, 32, 0, 0], &[0.0], "a slice of SmolLM2-135M's head"),
 ];
 const NF4_CASES: &[Case] = &[
