@@ -33,7 +33,7 @@ const LADDERS: &[Ladder] = &[
         op: "qmatmul",
         formats: WEIGHTS,
         lead: "N = 576, K = 1536: SmolLM2-135M's down projection; groups of 32, f16 scales.",
-        rows: ("M", &[1, 16, 256]),
+        rows: ("M", &[1, 16, 64, 256]),
         dims: DOWN,
         operands: [("W", W), ("x", &["x"])],
     },
