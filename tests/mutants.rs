@@ -117,7 +117,7 @@ impl Device for Limited {
         self.0.copy(from, from_offset, to, to_offset, bytes)
     }
     fn launch(&self, spec: &OpSpec, kernel: &'static Kernel, args: &[&Buffer], dims: &Dims) -> Result<()> {
-        let options = Options { checked: true, step_limit: STEPS, threads: 1, ..Options::default() };
+        let options = Options { checked: true, impatient: true, step_limit: STEPS, threads: 1, ..Options::default() };
         match self.0.run(spec, kernel, args, dims, &options)? {
             Some(ran) if !ran.report.findings.is_empty() => {
                 let reason = ran.report.findings[0].to_string();

@@ -326,8 +326,8 @@ impl Seen<'_> {
         )?;
         writeln!(
             out,
-            "           done: {} flops{by_mma}; in sectors {} bytes asked for, {} of L2 where each block has an L1 of {} KiB, \
-             {} of DRAM at least",
+            "           done: {} flops{by_mma}\n           in sectors: {} bytes asked for, {} of L2 where each block has an \
+             L1 of {} KiB, {} of DRAM at least",
             grouped(flops + mma_flops),
             grouped(sum(|t| t.sectors)),
             grouped(sum(|t| t.l2)),

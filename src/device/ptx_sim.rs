@@ -190,7 +190,7 @@ impl Device for PtxSim {
     }
 
     fn launch(&self, spec: &OpSpec, kernel: &'static Kernel, args: &[&Buffer], dims: &Dims) -> Result<()> {
-        let options = Options { checked: true, ..Options::default() };
+        let options = Options { checked: true, impatient: true, ..Options::default() };
         match self.run(spec, kernel, args, dims, &options)? {
             Some(ran) if !ran.report.findings.is_empty() => {
                 Err(invalid(&format!("{} ({dims})", kernel.stem), describe(&ran.report.findings)))

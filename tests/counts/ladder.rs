@@ -4,7 +4,7 @@
 use super::{launched, Counted};
 use handmill::bench::row::{Kind, Row};
 use handmill::device::{ptx_sim::PtxSim, Device};
-use handmill::op::{Dims, Kernel, OpSpec, Source};
+use handmill::op::{Arg, Dims, Kernel, OpSpec, Source};
 use handmill::tensor::Dtype;
 use std::cmp::Reverse;
 use std::fmt::Write;
@@ -33,7 +33,7 @@ const LADDERS: &[Ladder] = &[
         op: "qmatmul",
         formats: WEIGHTS,
         lead: "N = 576, K = 1536: SmolLM2-135M's down projection; groups of 32, f16 scales.",
-        rows: ("M", &[1, 16, 256]),
+        rows: ("M", &[1, 16, 64, 256]),
         dims: DOWN,
         operands: [("W", W), ("x", &["x"])],
     },
@@ -96,7 +96,8 @@ this from what `tools/ptxas_check` and the executor say; these are counts, not t
 - read: sectors of 32 bytes over the bytes that the operand has: asked of the first-level cache; of the second, if each
   block has 128 KiB of the first to itself, empty when it begins; of memory, if no byte comes twice. Copies past the
   first-level cache (`cp.async.cg`, bulk) count as asked of both.
-- L2, times the least: what all operands ask of the second-level cache, results among them, over the contract's least.
+- L2, times the least: what all operands ask of the second-level cache, results among them, over the contract's least
+  with the rung's type of activations.
 - sectors a request: a request is a warp's. 4 sectors are what 32 lanes of 4 bytes need, 16 what they need of 16 bytes;
   lanes may ask for the same bytes.
 - conflicts: waves through shared memory that were lost to a bank asked twice.
@@ -200,6 +201,9 @@ impl Ladder {
         let counts = &run.counts;
         let of_l2: u64 = counts.buffers.iter().map(|b| b.missed + b.sector_written).sum();
         let cost = (spec.cost)(&run.dims);
+        // The contract's least is of f32 activations; some rungs take narrower ones.
+        let narrow = |arg: &Arg| arg.bytes(&run.dims, Dtype::F32) - arg.bytes(&run.dims, kernel.act);
+        let least = cost.bytes - spec.args.iter().map(narrow).sum::<usize>() as u64;
         let times = |moved: u64, bytes: u64| moved as f64 / bytes as f64;
         let tensor = match counts.mma_macs {
             0 => "-".to_string(),
@@ -209,7 +213,7 @@ impl Ladder {
         format!(
             "| `{stem}` | {rows} | {idea} | {registers} | {} | {a} | {b} | {:.2} | {:.1} | {} | {:.2} | {tensor} | {} |\n",
             run.shared,
-            times(of_l2, cost.bytes),
+            times(of_l2, least),
             times(counts.global.sectors, counts.global.requests),
             counts.shared.conflicts,
             times(counts.thread_instructions, cost.flops / 2),

@@ -111,6 +111,7 @@ const Q8_CASES: &[Case] = &[
     case_with(&[12, 18, 2336, 18, 0, 0, 0, 32, 0, 1], &[0.0], "73 groups a row with mins, so that rows begin anywhere"),
     case_with(&[8, 33, 1632, 34, 1, 0, 2, 16, 1, 0], &[1.0], "groups of 16 in f32, columns past three steps of 512"),
     case_with(&[2, 19, 3200, 19, 0, 0, 0, 128, 0, 0], &[0.0], "25 groups a row, columns past six steps of 512"),
+    case_with(&[33, 192, 576, 192, 0, 0, 0, 32, 0, 0], &[0.0], "SmolLM2-135M's keys"),
     case_with(&[1, 768, 576, 768, 0, 0, 0, 32, 0, 0], &[0.0], "a slice of SmolLM2-135M's head"),
 ];
 const NF4_CASES: &[Case] = &[

@@ -6,7 +6,7 @@
 //! | `warp` | a warp streams two rows of W once past 16 rows of x, which lie in shared memory | few tokens |
 //! | `mma` | tensor cores; x in bf16, W decoded to bf16 in registers | many tokens |
 //! | `wgmma` | the same on warpgroups, codes brought by the copy engine | many tokens on compute capability 9.0 |
-//! | `wgmma64` | tiles of 64 rows of x in place of 128: half the products for few rows | up to 64 tokens there |
+//! | `wgmma64` | tiles of 64 rows of x in place of 128, of which 16, 32 or 64 are multiplied | up to 64 tokens there |
 //! | `splitk` | tensor cores on strips of 16 rows of W, the eight warps of a block split K | up to 16 tokens in bf16 |
 //!
 //! How much of the tolerance `mma` uses: let u = 2^-8, the unit roundoff of bf16. x is exact, being the input; a weight

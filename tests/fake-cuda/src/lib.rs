@@ -121,6 +121,11 @@ fn pretends(word: &str) -> Option<String> {
     Some(found.split_once('=').map_or(String::new(), |(_, value)| value.to_string()))
 }
 
+/// Shared memory that a block may opt in to.
+fn most_shared() -> u32 {
+    ptx_sim::shared_limit(if pretends("hopper").is_some() { 90 } else { 80 })
+}
+
 fn card_bytes() -> usize {
     pretends("bytes").and_then(|n| n.parse().ok()).unwrap_or(8 << 30)
 }
@@ -221,7 +226,7 @@ unsafe extern "C" fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_uint, 
         75 if pretends("old_card").is_some() => 7, // major
         75 => 8 + hopper,
         76 => 0,
-        97 => ptx_sim::shared_limit(80 + 10 * hopper as u32) as c_int,
+        97 => most_shared() as c_int,
         115 => c_int::from(pretends("no_pool").is_none()),
         _ => return done(INVALID_VALUE, format_args!("cuDeviceGetAttribute {attribute}")),
     };

@@ -88,7 +88,7 @@ unsafe extern "C" fn cuFuncGetAttribute(value: *mut c_int, attribute: c_uint, fu
 extern "C" fn cuFuncSetAttribute(function: usize, attribute: c_uint, value: c_int) -> Status {
     let mut state = state();
     let Some(function) = state.functions.get_mut(function.wrapping_sub(1)) else { return INVALID_HANDLE };
-    if attribute != 8 || value as u32 + function.entry.static_shared > ptx_sim::shared_limit(80) {
+    if attribute != 8 || value as u32 + function.entry.static_shared > most_shared() {
         return done(INVALID_VALUE, format_args!("cuFuncSetAttribute {attribute} {value}"));
     }
     function.opted = value as u32;

@@ -41,6 +41,7 @@ pub(crate) struct Ctx<'a> {
     pub dynamic_shared: u32,
     pub count: bool,
     pub l1_bytes: u32,
+    pub impatient: bool,
     pub trace: Option<TraceWarp>,
     pub step_limit: u64,
 }
@@ -179,6 +180,7 @@ impl<'a> Machine<'a> {
             let lanes = (threads - 32 * w.number).min(32);
             w.live = u32::MAX >> (32 - lanes);
             (w.active, w.pc, w.steps, w.state, w.awaited) = (w.live, 0, 0, State::Ready, 0);
+            w.gave_up.clear();
             w.groups.clear();
             w.copies.clear();
             w.matrices.clear();

@@ -100,11 +100,21 @@ pub struct Options {
     /// Bytes of the first-level cache that [`BufferCount::missed`] supposes for each block. A multiprocessor's is shared
     /// with its other blocks and with shared memory, 192 or 256 KiB in all.
     pub l1_bytes: u32,
+    /// Each `mbarrier.try_wait` times out once before it waits, as PTX lets it: who does not ask again goes on too early.
+    pub impatient: bool,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { checked: false, count: false, trace: None, step_limit: 1 << 30, threads: 0, l1_bytes: 128 << 10 }
+        Options {
+            checked: false,
+            count: false,
+            trace: None,
+            step_limit: 1 << 30,
+            threads: 0,
+            l1_bytes: 128 << 10,
+            impatient: false,
+        }
     }
 }
 
@@ -274,6 +284,7 @@ pub fn launch(
         dynamic_shared: launch.dynamic_shared,
         count: options.count,
         l1_bytes: options.l1_bytes,
+        impatient: options.impatient,
         trace: options.trace.clone(),
         step_limit: options.step_limit,
     };

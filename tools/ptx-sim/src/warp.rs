@@ -45,6 +45,8 @@ pub(crate) struct Warp {
     pub matrices: MatrixQueue,
     /// Give the next warp its turn.
     pub yielded: bool,
+    /// Each `try_wait` that has timed out and has not been asked again.
+    pub gave_up: Vec<u32>,
 }
 
 impl Warp {
@@ -65,6 +67,7 @@ impl Warp {
             copies: CopyQueue::default(),
             matrices: MatrixQueue::default(),
             yielded: false,
+            gave_up: Vec::new(),
         }
     }
 

@@ -4,7 +4,7 @@ mod common;
 
 use common::{checked, f32s, found, kernel, line_of, run_with, u32s, unchecked, Buf, Ran, Random};
 use half::bf16;
-use ptx_sim::{Error, Kind, Module};
+use ptx_sim::{Error, Kind, Module, Options};
 
 fn hopper(pointers: usize, body: &str) -> String {
     kernel(pointers, body).replace(".version 7.8", ".version 8.0").replace(".target sm_80", ".target sm_90a")
@@ -64,6 +64,22 @@ fn a_bulk_copy_is_there_after_the_wait() {
     assert_eq!(waits, Some(2));
     let same = run_with(&source, [1; 3], [64, 1, 1], 0, &[words(64), Buf::Out(256)], &[], &unchecked()).unwrap();
     assert_eq!(same.buffers[1], ran.buffers[1]);
+}
+
+#[test]
+fn a_wait_that_times_out_is_to_be_asked_again() {
+    let buffers = [words(64), Buf::Out(256)];
+    let impatient = Options { impatient: true, ..checked() };
+    let run = |source: &str| run_with(source, [1; 3], [64, 1, 1], 0, &buffers, &[], &impatient).unwrap();
+    let source = hopper(2, COPY);
+    let ran = run(&source);
+    assert!(ran.report.findings.is_empty(), "{:#?}", ran.report.findings);
+    assert_eq!(u32s(&ran.buffers[1]), (1000..1064).collect::<Vec<_>>());
+
+    // Asked once: nothing is said as long as the executor waits, but it need not.
+    let once = source.replace("@!%p1 bra asked;", "");
+    clean(&once, 64, &buffers);
+    assert!(found(&run(&once).report).contains(&(Kind::CopyInFlight, line_of(&once, "// here"))));
 }
 
 #[test]

@@ -56,8 +56,8 @@ const fn integers(factor: f32, signed: bool) -> [f32; 16] {
     numbers
 }
 
-/// Place 2p + h holds the number `first + step·h` of the eight that p = 4c + j takes from eight columns 8c..: j, or its
-/// neighbour where a byte's high half is the even column.
+/// Place 2p + h, p = 4c + j, holds column 8c + 4h + j: word c of a row has columns 8c.., four in each half h, and j is
+/// how far it is shifted. With `high_first` the high half of a byte is the even column.
 const fn nibble_order(high_first: bool) -> [u16; DEPTH] {
     let mut order = [0; DEPTH];
     let mut place = 0;
@@ -70,7 +70,7 @@ const fn nibble_order(high_first: bool) -> [u16; DEPTH] {
     order
 }
 
-/// Place 2p + h, p = 2c + i, holds column 4c + 2h + i.
+/// Place 2p + h, p = 2c + i, holds column 4c + 2h + i: word c of a row has columns 4c.., two in each half h.
 const fn byte_order() -> [u16; DEPTH] {
     let mut order = [0; DEPTH];
     let mut place = 0;
