@@ -1,4 +1,4 @@
-//! What decoding NF4 costs, by shuffles and by byte permutations: the header of `qmatmul_nf4_splitk` says these numbers.
+//! What decoding NF4 costs, by shuffles and by byte permutations: the numbers in the header of `qmatmul_nf4_splitk`.
 
 use handmill::quant::nf4::LEVELS;
 use ptx_sim::{launch, Launch, Memory, Module, Options, Param};
