@@ -21,7 +21,7 @@
 //! Why `mma` is not given the scales' windows of `splitk`, with which scales come in whole sectors: two sectors of 128
 //! rows' scales and mins are 16 KiB, by which its three tiles of 64 rows of x no longer leave room for a second block
 //! on compute capability 8.6 and 8.9. For more than 16 rows of x the tensor cores decide, and the sectors that it asks
-//! for again come from the first-level cache; for up to 16 rows there is `splitk`.
+//! for again are in a cache by then; for up to 16 rows there is `splitk`.
 //!
 //! Why codes keep the order of rows, and are not laid out on upload so that 16 bytes are a lane's fragments. Counted in
 //! `splitk`, q4: a lane runs 178 instructions for its 32 weights of a tile at M = 1, 234 at M = 16. Packed codes would
