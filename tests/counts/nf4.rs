@@ -1,4 +1,4 @@
-//! What decoding NF4 costs, by shuffles and by byte permutations: the header of `qmatmul_nf4_splitk` says these numbers.
+//! What decoding NF4 costs, by shuffles and by byte permutations: the numbers in the header of `qmatmul_nf4_splitk`.
 
 use handmill::quant::nf4::LEVELS;
 use ptx_sim::{launch, Launch, Memory, Module, Options, Param};
@@ -42,8 +42,9 @@ fn decode(name: &str, source: &str) -> Vec<(String, u64)> {
     mix
 }
 
-/// A multiprocessor of compute capability 8.0 or 9.0 takes a warp's shuffle in a cycle, and its logic, shifts and byte
-/// permutations in half of one, beside each other: eight codes of 32 lanes take 8 cycles or 10.5.
+/// By the CUDA programming guide a multiprocessor of compute capability 8.0 or 9.0 takes a warp's shuffle in a cycle,
+/// its logic and shifts in half of one, beside each other; with byte permutations taken for logic, eight codes of 32
+/// lanes take 8 cycles of the one kind, or 10.5 of the other.
 #[test]
 fn shuffles_decode_nf4_in_fewer_instructions_than_byte_permutations() {
     let of = |pairs: &[(&str, u64)]| pairs.iter().map(|(name, n)| (name.to_string(), *n)).collect::<Vec<_>>();

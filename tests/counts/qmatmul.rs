@@ -25,11 +25,10 @@ fn moves_each_once(run: &Counted) {
     assert_eq!((moved.read, moved.sector_read), (blocks * bytes, blocks * bytes), "{what}: x");
     let (bytes, moved) = run.arg("y");
     assert_eq!((moved.written, moved.sector_written), (bytes, bytes), "{what}: y");
-    assert_eq!(
-        run.counts.mma,
-        n.div_ceil(16) * m.div_ceil(8) * k.next_multiple_of(64) / 16,
-        "{what}: mma instructions"
-    );
+    // By 16 rows of W, 8 of x and 16 columns; in q4 a block sums x as well.
+    let sums = if run.spec.format == "q4" { blocks } else { 0 };
+    let products = (n.div_ceil(16) + sums) * m.div_ceil(8) * k.next_multiple_of(64) / 16;
+    assert_eq!(run.counts.mma, products, "{what}: mma instructions");
     assert_eq!(run.counts.shared.conflicts, 0, "{what}: waves lost to bank conflicts");
 }
 
@@ -61,8 +60,12 @@ fn splitk_of_two_strips_streams_w_once() {
 #[test]
 fn splitk_brings_scales_of_every_width_in_whole_sectors() {
     // Groups whose scales fill two sectors a tile, four, one, half of one and a quarter.
-    for (group, wide) in [(16, 0), (16, 1), (32, 0), (64, 0), (128, 0), (128, 1)] {
+    for (group, wide) in [(16, 0), (16, 1), (32, 0), (32, 1), (64, 0), (128, 0), (128, 1)] {
         for format in ["q4", "q8"] {
+            // Those of 16 are not q4's: 32 columns of it lie in one group.
+            if format == "q4" && group < 32 {
+                continue;
+            }
             let own = [("G", group), ("WIDE", wide), ("AFFINE", 1)];
             let run = count_of("qmatmul", format, "splitk", [2, 48, 4096], &own);
             moves_each_once(&run);
@@ -96,22 +99,22 @@ fn instructions_a_weight(format: &str, variant: &str, m: usize, n: usize) -> f64
 
 #[test]
 fn splitk_runs_fewer_instructions_than_warp() {
-    // Decoding takes 1.9 or 2.4 of them in q4 and nf4; what a tile costs besides is shared by one or two strips.
+    // Decoding takes 1.4 or 2.4 of them in q4 and nf4; what a tile costs besides is shared by one or two strips.
     for (format, m, n, allowed) in [
-        ("q4", 1, 1024, 5.0),
-        ("q4", 1, 4096, 3.9),
-        ("q4", 16, 4096, 4.5),
+        ("q4", 1, 1024, 5.6),
+        ("q4", 1, 4096, 4.3),
+        ("q4", 16, 4096, 5.5),
         ("q8", 16, 1024, 7.3),
-        ("nf4", 1, 1024, 5.0),
-        ("nf4", 1, 4096, 4.0),
-        ("nf4", 16, 4096, 4.8),
+        ("nf4", 1, 1024, 4.8),
+        ("nf4", 1, 4096, 3.9),
+        ("nf4", 16, 4096, 4.7),
         ("nf4dq", 16, 4096, 5.2),
     ] {
         let a_weight = instructions_a_weight(format, "splitk", m, n);
         assert!(a_weight < allowed, "qmatmul_{format}_splitk, M {m}, N {n}: {a_weight:.3} instructions a weight");
     }
     // There every product is an instruction: 17 at 8 rows, from which on a model rounds x for it, 30 at 16.
-    for (m, times) in [(8, 3.0), (16, 4.0)] {
+    for (m, times) in [(8, 2.8), (16, 4.0)] {
         let [splitk, warp] = ["splitk", "warp"].map(|variant| instructions_a_weight("q4", variant, m, 1024));
         assert!(times * splitk < warp, "M {m}: {splitk:.3} instructions a weight, {warp:.3} in warp");
     }

@@ -88,9 +88,9 @@ const Q4_CASES: &[Case] = &[
     case_with(&[16, 70, 1088, 70, 0, 1, 3, 64, 0], &[0.5], "16 rows, columns past two steps of 512, groups of 64"),
     case_with(&[130, 34, 1600, 34, 0, 0, 2, 32, 0], &[0.5], "more rows than a core's cache holds in bf16 parts"),
     case_with(&[12, 18, 2336, 18, 0, 0, 0, 32, 0], &[0.0], "many short groups: 73 a row, so that rows begin anywhere"),
-    case_with(&[8, 33, 1632, 34, 1, 0, 2, 16, 1], &[1.0], "groups of 16 in f32, columns past three steps of 512"),
+    case_with(&[8, 33, 1632, 34, 1, 0, 2, 32, 1], &[1.0], "51 f32 scales a row, columns past three steps of 512"),
     case_with(&[2, 19, 3200, 19, 0, 0, 0, 128, 0], &[0.0], "25 groups a row, columns past six steps of 512"),
-    case_with(&[9, 2070, 96, 2070, 0, 1, 2, 16, 0], &[0.5], "more rows of W than 128 blocks of 16"),
+    case_with(&[9, 2070, 96, 2070, 0, 1, 2, 32, 0], &[0.5], "more rows of W than 128 blocks of 16"),
     case_with(&[33, 192, 576, 192, 0, 0, 0, 32, 0], &[0.0], "SmolLM2-135M's keys"),
     case_with(&[1, 576, 1536, 576, 0, 0, 0, 32, 0], &[0.0], "SmolLM2-135M's down projection, one token"),
 ];

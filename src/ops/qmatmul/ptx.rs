@@ -15,21 +15,22 @@
 //! (they may truncate where f32 rounds): K sums by K·2^-14·u, below sqrt(K)·u for K up to 2^28. So even when no two
 //! errors cancel, all of them fit in the sqrt(K + R) + 6 roundings of u that are allowed. `wgmma` decodes in bf16: level
 //! or scale, absmax or min and the weight are rounded, three roundings for each term in place of one, which fit as well.
-//! So does `splitk` in q4; in nf4 it rounds the level alone, in q8 the weight alone. That it adds eight sums in place of
-//! one changes nothing: they are parts of the same f32 sum, taken in the same order every time.
+//! `splitk` rounds no weight in q4, where scales and mins multiply sums in f32; in nf4 it rounds the level alone, in q8
+//! the weight alone. That it adds eight sums in place of one changes nothing: they are parts of the same f32 sum, taken
+//! in the same order every time.
 //!
 //! Why `mma` is not given the scales' windows of `splitk`, with which scales come in whole sectors: two sectors of 128
-//! rows' scales and mins are 16 KiB, by which its three tiles of 64 rows of x no longer leave room for a second block on
-//! compute capability 8.6 and 8.9. For more than 16 rows of x the tensor cores decide, and the sectors that it asks for
-//! again come from the first-level cache; for up to 16 rows there is `splitk`.
+//! rows' scales and mins are 16 KiB, by which its three tiles of 64 rows of x no longer leave room for a second block
+//! on compute capability 8.6 and 8.9. For more than 16 rows of x the tensor cores decide, and the sectors that it asks
+//! for again are in a cache by then; for up to 16 rows there is `splitk`.
 //!
 //! Why codes keep the order of rows, and are not laid out on upload so that 16 bytes are a lane's fragments. Counted in
-//! `splitk`, q4: a lane runs 159 instructions for its 32 weights of a tile at M = 1, 196 at M = 16. Packed codes would
-//! save one of two loads and the 8 or 16 byte permutations that bring x into the order of the codes: 6 to 9 %. Nothing
-//! else: W's sectors are asked for 1.00 times as it is; 16 rows by 64 columns are 512 bytes, four waves through shared
-//! memory in and four out, however they are ordered, without conflicts; loads past shared memory would use whole sectors
-//! in either order. For that every other reader of W, the gradient and the embedding in three languages among them, would
-//! need a second copy of it or another text, and the contract a word for the order.
+//! `splitk`, q4: a lane runs 178 instructions for its 32 weights of a tile at M = 1, 234 at M = 16. Packed codes would
+//! save three of four loads and the 8 or 16 byte permutations that bring x into the order of the codes: 7 to 9 %.
+//! Nothing else: W's sectors are asked for 1.00 times as it is; 16 rows by 64 columns are 512 bytes, four waves through
+//! shared memory in and four out, however they are ordered, without conflicts; loads past shared memory would use whole
+//! sectors in either order. For that every other reader of W, the gradient and the embedding in three languages among
+//! them, would need a second copy of it or another text, and the contract a word for the order.
 
 use crate::op::*;
 use crate::tensor::Dtype;
@@ -141,9 +142,9 @@ fn whole_vectors(d: &Dims, caps: &Caps) -> bool {
     columns_fit(d, caps) && d["K"].is_multiple_of(32)
 }
 
-/// `splitk`: strips of 16 rows of W, one a block up to 128 blocks, two in blocks of many. A tile has 512 columns of each
-/// strip, `codes` bytes a row, of x, and `windows` bytes a row of scales; one strip has four tiles in shared memory, two
-/// have three.
+/// `splitk`: strips of 16 rows of W, one a block up to 128 blocks, two in blocks of many. A tile has 512 columns of
+/// each strip, `codes` bytes a row, of x, and `windows` bytes a row of scales; one strip has four tiles in shared
+/// memory, two have three.
 fn strips(d: &Dims, codes: usize, windows: usize) -> Launch {
     let (blocks, strips) = if d["N"] > 128 * 16 { (d["N"].div_ceil(32).max(128), 2) } else { (d["N"].div_ceil(16), 1) };
     let shared = (5 - strips) * (d["M"] * 512 * 2 + strips * 16 * (codes + windows));
@@ -174,11 +175,12 @@ fn few_rows(d: &Dims, caps: &Caps, launch: fn(&Dims) -> Launch) -> bool {
     d["M"] <= 16 && launch(d).shared_bytes <= caps.shared_bytes
 }
 
-/// No group is longer than a tile.
+/// 32 columns lie in one group, and no group is longer than a tile.
 fn few_rows_q4(d: &Dims, caps: &Caps) -> bool {
-    d["K"].is_multiple_of(32) && d["G"] <= 512 && few_rows(d, caps, strips_q4)
+    whole_vectors(d, caps) && (32..=512).contains(&d["G"]) && few_rows(d, caps, strips_q4)
 }
 
+/// No group is longer than a tile.
 fn few_rows_q8(d: &Dims, caps: &Caps) -> bool {
     d["G"] <= 512 && few_rows(d, caps, strips_q8)
 }
