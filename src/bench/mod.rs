@@ -220,13 +220,18 @@ impl<'a> Bench<'a> {
             return Ok(rows);
         }
         if !self.device.caps().software {
-            let (copied, read) = (roofline::copy(self.device)?, roofline::read(self.device)?);
-            for (what, (timing, bytes)) in [("copy", copied)].into_iter().chain(read.map(|read| ("read", read))) {
+            let moved = [
+                ("copy", Some(roofline::copy(self.device)?)),
+                ("read", roofline::read(self.device)?),
+                ("update", roofline::update(self.device)?),
+            ];
+            for (what, measured) in moved {
+                let Some((timing, bytes)) = measured else { continue };
                 let speed = bytes / timing.least;
                 self.roof.bytes_per_s = Some(self.roof.bytes_per_s.map_or(speed, |before| before.max(speed)));
                 let row = Row { kind: Kind::Roofline, op: "roofline".into(), kernel: what.into(), ..self.row() };
-                // A copy's bytes are read and written.
-                let size = bytes as u64 >> if what == "copy" { 21 } else { 20 };
+                // What is not only read counts twice.
+                let size = bytes as u64 >> if what == "read" { 20 } else { 21 };
                 rows.push(Row {
                     case: format!("{size} MiB"),
                     cold: true,

@@ -79,7 +79,7 @@ pub fn datasheet(name: &str) -> Option<&'static Card> {
 /// The measured limits of a device, each the best of its samples: other work on the machine only lowers them.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Roof {
-    /// Bytes a second: the faster of a copy, which on a CPU also reads what it writes, and of reading alone.
+    /// Bytes a second of what is fastest: a copy, reading alone, or an update in place.
     pub bytes_per_s: Option<f64>,
     /// For each type of factors, the operations a second of the fastest product, and what computed it.
     pub flops_per_s: Vec<(Dtype, f64, &'static str)>,
@@ -174,6 +174,23 @@ pub fn read(device: &dyn Device) -> Result<Option<(Timing, f64)>> {
     device.write(&x, 0, bytemuck::cast_slice(&vec![1.0f32; count]))?;
     let timing = samples(&mut || device.time(&mut || device.launch(spec, kernel, &[&x, &part], &dims)))?;
     Ok(Some((timing, (spec.cost)(&dims).bytes as f64)))
+}
+
+/// The time of reading and writing as many bytes in place, and their number: on the CPU, by all threads, where a copy
+/// may also read what it writes. None elsewhere.
+pub fn update(device: &dyn Device) -> Result<Option<(Timing, f64)>> {
+    if device.caps().kind != DeviceKind::Cpu {
+        return Ok(None);
+    }
+    let mut words = vec![1u64; 2 * copy_bytes(device) / 8];
+    let piece = words.len().div_ceil(rayon::current_num_threads());
+    let timing = samples(&mut || {
+        let start = Instant::now();
+        let work = |piece: &mut [u64]| piece.iter_mut().for_each(|word| *word = word.wrapping_add(1));
+        words.par_chunks_mut(piece).for_each(work);
+        Ok(start.elapsed().as_secs_f64())
+    })?;
+    Ok(Some((timing, 16.0 * words.len() as f64)))
 }
 
 /// The time of products of AMX tiles with factors of a type, and their operations. None where there are none.
