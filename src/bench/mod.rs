@@ -226,19 +226,17 @@ impl<'a> Bench<'a> {
                 ("update", roofline::update(self.device)?),
             ];
             for (what, measured) in moved {
-                let Some((timing, bytes)) = measured else { continue };
-                let speed = bytes / timing.least;
+                let Some(moved) = measured else { continue };
+                let speed = moved.speed();
                 self.roof.bytes_per_s = Some(self.roof.bytes_per_s.map_or(speed, |before| before.max(speed)));
                 let row = Row { kind: Kind::Roofline, op: "roofline".into(), kernel: what.into(), ..self.row() };
-                // What is not only read counts twice.
-                let size = bytes as u64 >> if what == "read" { 20 } else { 21 };
                 rows.push(Row {
-                    case: format!("{size} MiB"),
+                    case: format!("{} MiB", moved.through >> 20),
                     cold: true,
                     gb_per_s: Some(speed / 1e9),
-                    bytes: Some(bytes as u64),
+                    bytes: Some(moved.bytes as u64),
                     datasheet_fraction: self.card.map(|card| speed / 1e9 / card.gb_per_s),
-                    ..timed(row, &timing)
+                    ..timed(row, &moved.timing)
                 });
             }
             for act in [Dtype::F32, Dtype::BF16] {
