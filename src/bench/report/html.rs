@@ -60,8 +60,8 @@ fn of_device(device: &OnDevice<'_>, named: bool) -> String {
             html,
             "<section><h2>Under the roof</h2><p class=\"note\">A dot is a kernel on a shape, by the least bytes and \
              operations of its contract. The lines are what this device did in the same run: it copied, read or \
-             updated along the slope, whatever was fastest, and a level is its fastest product of a type.</p><div class=\"scroll\">\
-             {svg}</div>{}</section>",
+             updated along the slope, whatever was fastest, and a level is its fastest product of a type.</p>\
+             <div class=\"scroll\">{svg}</div>{}</section>",
             legend(&device.rows, "measured limit")
         );
     }
