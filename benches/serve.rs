@@ -222,6 +222,7 @@ fn ratio(rows: &[Row], rates: &[Rounds], upper: Which, lower: Which) -> [Spread;
 
 /// All of a run as one line.
 fn record(rows: &[Row], rates: &[Rounds], ratios: &[Value], load: Option<f64>, device: &dyn Device) -> Value {
+    let rounds = rates[0][0].len();
     let tenths = |rates: &[(f64, f64)]| rates.iter().map(|rate| (10.0 * rate.0).round() / 10.0).collect::<Vec<f64>>();
     let of_row = |(row, rates): (&Row, &Rounds)| {
         json!({
@@ -230,7 +231,6 @@ fn record(rows: &[Row], rates: &[Rounds], ratios: &[Value], load: Option<f64>, d
         })
     };
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    let words: Vec<String> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
     json!({
         "date": date(now),
         "what": "serving engine, tokens/s: batches, adapters, batch invariance",
@@ -238,7 +238,7 @@ fn record(rows: &[Row], rates: &[Rounds], ratios: &[Value], load: Option<f64>, d
         "processor": device.description(),
         "threads": rayon::current_num_threads(),
         "load_before": load,
-        "command": format!("cargo bench --bench serve -- {}", words.join(" ")),
+        "command": format!("cargo bench --bench serve -- --rounds {rounds}"),
         "rows": rows.iter().zip(rates).map(of_row).collect::<Vec<_>>(),
         "ratios": ratios,
     })

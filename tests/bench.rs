@@ -97,9 +97,9 @@ fn rows_have_every_key_and_pages_need_nothing_else() {
     let mut told: Vec<&str> = rows.iter().map(|row| row["kind"].as_str().unwrap()).collect();
     let limits: Vec<&str> =
         rows.iter().filter(|row| row["kind"] == "roofline").map(|row| row["kernel"].as_str().unwrap()).collect();
-    assert_eq!(limits[..2], ["copy", "read"]);
+    assert_eq!(limits[..3], ["copy", "read", "update"]);
     // Where the processor has tiles, they are limits too.
-    assert!(limits.len() > 2 && limits[3..].iter().all(|what| *what == "tiles"), "{limits:?}");
+    assert!(limits.len() > 3 && limits[4..].iter().all(|what| *what == "tiles"), "{limits:?}");
     told.dedup();
     assert_eq!(told, ["roofline", "launch", "kernel"]);
     let of_kernels: Vec<&Value> = rows.iter().filter(|row| row["kind"] == "kernel").collect();

@@ -220,20 +220,23 @@ impl<'a> Bench<'a> {
             return Ok(rows);
         }
         if !self.device.caps().software {
-            let (copied, read) = (roofline::copy(self.device)?, roofline::read(self.device)?);
-            for (what, (timing, bytes)) in [("copy", copied)].into_iter().chain(read.map(|read| ("read", read))) {
-                let speed = bytes / timing.least;
+            let moved = [
+                ("copy", Some(roofline::copy(self.device)?)),
+                ("read", roofline::read(self.device)?),
+                ("update", roofline::update(self.device)?),
+            ];
+            for (what, measured) in moved {
+                let Some(moved) = measured else { continue };
+                let speed = moved.speed();
                 self.roof.bytes_per_s = Some(self.roof.bytes_per_s.map_or(speed, |before| before.max(speed)));
                 let row = Row { kind: Kind::Roofline, op: "roofline".into(), kernel: what.into(), ..self.row() };
-                // A copy's bytes are read and written.
-                let size = bytes as u64 >> if what == "copy" { 21 } else { 20 };
                 rows.push(Row {
-                    case: format!("{size} MiB"),
+                    case: format!("{} MiB", moved.through >> 20),
                     cold: true,
                     gb_per_s: Some(speed / 1e9),
-                    bytes: Some(bytes as u64),
+                    bytes: Some(moved.bytes as u64),
                     datasheet_fraction: self.card.map(|card| speed / 1e9 / card.gb_per_s),
-                    ..timed(row, &timing)
+                    ..timed(row, &moved.timing)
                 });
             }
             for act in [Dtype::F32, Dtype::BF16] {

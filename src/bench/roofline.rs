@@ -1,6 +1,7 @@
 //! What a device can do at most, measured: bytes copied, products computed, and what a launch costs that does nothing.
 //! Beside it the datasheet's figures of cards that are known.
 
+use std::ops::Range;
 use std::time::Instant;
 
 use rayon::prelude::*;
@@ -18,11 +19,15 @@ const LONG_ENOUGH: f64 = 0.3;
 /// Least bytes of a buffer that is copied, and most.
 const COPY_BYTES: usize = 128 << 20;
 const COPY_MOST: usize = 512 << 20;
+/// Bytes that a thread moves in a sample: what takes some tenths of a millisecond.
+const OF_THREAD: usize = 8 << 20;
 /// Blocks that read a card's memory at once: enough for every processor to have several.
 const READERS: usize = 4096;
-/// A sample of tiles' products is about a millisecond.
-const TURNS: u64 = 1 << 15;
-/// M, N and K of the product that is timed, and of the larger one where that is too little work.
+/// A sample of tiles' products is some tenths of a millisecond.
+const TURNS: u64 = 1 << 13;
+/// M, N and K of the product that is timed, and of the larger one where that is too little work; on a CPU also of a
+/// smaller one, which other work on the machine interrupts less.
+const SMALL_CUBE: usize = 512;
 const CUBE: usize = 1024;
 const LARGE_CUBE: usize = 4096;
 const TOO_SHORT: f64 = 2e-3;
@@ -79,7 +84,7 @@ pub fn datasheet(name: &str) -> Option<&'static Card> {
 /// The measured limits of a device, each the best of its samples: other work on the machine only lowers them.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Roof {
-    /// Bytes a second: the faster of a copy, which on a CPU also reads what it writes, and of reading alone.
+    /// Bytes a second of what is fastest: a copy, reading alone, or an update in place.
     pub bytes_per_s: Option<f64>,
     /// For each type of factors, the operations a second of the fastest product, and what computed it.
     pub flops_per_s: Vec<(Dtype, f64, &'static str)>,
@@ -126,24 +131,36 @@ fn samples(work: &mut dyn FnMut() -> Result<f64>) -> Result<Timing> {
     Ok(Timing::of(samples, 1))
 }
 
-/// The time of a copy and the bytes it reads and writes: by the device's own copy, or on the CPU by all threads, as
-/// kernels do.
-pub fn copy(device: &dyn Device) -> Result<(Timing, f64)> {
-    let cpu = device.caps().kind == DeviceKind::Cpu;
+/// How fast memory is moved.
+pub struct Moved {
+    /// Of a sample.
+    pub timing: Timing,
+    /// What a sample reads and writes.
+    pub bytes: f64,
+    /// The memory that samples go through, one after the other: more than the caches hold.
+    pub through: usize,
+}
+
+impl Moved {
+    /// Bytes a second in the best sample.
+    pub fn speed(&self) -> f64 {
+        self.bytes / self.timing.least
+    }
+}
+
+/// A copy: by the device's own, or on the CPU by all threads, as kernels do.
+pub fn copy(device: &dyn Device) -> Result<Moved> {
     let bytes = copy_bytes(device);
-    let timing = if cpu {
-        let (from, mut to) = (vec![1u8; bytes], vec![0u8; bytes]);
-        let piece = bytes.div_ceil(rayon::current_num_threads());
-        samples(&mut || {
-            let start = Instant::now();
-            to.par_chunks_mut(piece).zip(from.par_chunks(piece)).for_each(|(to, from)| to.copy_from_slice(from));
-            Ok(start.elapsed().as_secs_f64())
-        })?
-    } else {
-        let (from, to) = (device.alloc(bytes)?, device.alloc(bytes)?);
-        samples(&mut || device.time(&mut || device.copy(&from, 0, &to, 0, bytes)))?
-    };
-    Ok((timing, 2.0 * bytes as f64))
+    if device.caps().kind == DeviceKind::Cpu {
+        let (from, mut to) = (vec![1u64; bytes / 8], vec![2u64; bytes / 8]);
+        return parts(bytes, 2, &mut |range, of_thread| {
+            let (from, to) = (from[range.clone()].par_chunks(of_thread), to[range].par_chunks_mut(of_thread));
+            to.zip(from).for_each(|(to, from)| to.copy_from_slice(from));
+        });
+    }
+    let (from, to) = (device.alloc(bytes)?, device.alloc(bytes)?);
+    let timing = samples(&mut || device.time(&mut || device.copy(&from, 0, &to, 0, bytes)))?;
+    Ok(Moved { timing, bytes: 2.0 * bytes as f64, through: bytes })
 }
 
 /// Bytes of each of the two buffers of a copy: together they are more than the caches hold.
@@ -152,28 +169,52 @@ fn copy_bytes(device: &dyn Device) -> usize {
     cache.clamp(COPY_BYTES, COPY_MOST).min(room(device) / 4).next_multiple_of(8)
 }
 
-/// The time of reading as many bytes as a copy reads and writes, and their number: on the CPU a sum by all threads,
-/// elsewhere `squared_norm`. None where no kernel of that runs.
-pub fn read(device: &dyn Device) -> Result<Option<(Timing, f64)>> {
+/// Samples of `work` on the words of one part of `bytes` bytes after the other, `times` of what it is moved each time.
+/// It is also given the words that a thread takes. Parts are short: other work on the machine interrupts few of them.
+fn parts(bytes: usize, times: usize, work: &mut dyn FnMut(Range<usize>, usize)) -> Result<Moved> {
+    let (words, threads) = (bytes / 8, rayon::current_num_threads());
+    let part = (threads * OF_THREAD / 8).min(words);
+    let mut next = 0;
+    let timing = samples(&mut || {
+        let range = next..next + part;
+        next = if range.end + part > words { 0 } else { range.end };
+        let start = Instant::now();
+        work(range, part.div_ceil(threads));
+        Ok(start.elapsed().as_secs_f64())
+    })?;
+    Ok(Moved { timing, bytes: (times * part * 8) as f64, through: bytes })
+}
+
+/// Reading: on the CPU a sum by all threads, elsewhere `squared_norm`. None where no kernel of that runs.
+pub fn read(device: &dyn Device) -> Result<Option<Moved>> {
+    let bytes = 2 * copy_bytes(device);
     if device.caps().kind == DeviceKind::Cpu {
-        let words = vec![1u64; 2 * copy_bytes(device) / 8];
-        let piece = words.len().div_ceil(rayon::current_num_threads());
-        let timing = samples(&mut || {
-            let start = Instant::now();
-            let sum = |piece: &[u64]| piece.iter().fold(0, |sum: u64, word| sum.wrapping_add(*word));
-            std::hint::black_box(words.par_chunks(piece).map(sum).sum::<u64>());
-            Ok(start.elapsed().as_secs_f64())
-        })?;
-        return Ok(Some((timing, 8.0 * words.len() as f64)));
+        let words = vec![1u64; bytes / 8];
+        let sum = |part: &[u64]| part.iter().fold(0, |sum: u64, word| sum.wrapping_add(*word));
+        return Ok(Some(parts(bytes, 1, &mut |range, of_thread| {
+            std::hint::black_box(words[range].par_chunks(of_thread).map(sum).sum::<u64>());
+        })?));
     }
     let spec = ops::find("squared_norm", "f32");
-    let count = (2 * copy_bytes(device)).min(device.caps().max_binding) / 4;
+    let count = bytes.min(device.caps().max_binding) / 4;
     let dims = spec.dims(&[count, READERS], &[]);
     let Some(kernel) = spec.choose(&dims, Dtype::F32, device.caps()) else { return Ok(None) };
     let (x, part) = (device.alloc(4 * count)?, device.alloc(4 * READERS)?);
     device.write(&x, 0, bytemuck::cast_slice(&vec![1.0f32; count]))?;
     let timing = samples(&mut || device.time(&mut || device.launch(spec, kernel, &[&x, &part], &dims)))?;
-    Ok(Some((timing, (spec.cost)(&dims).bytes as f64)))
+    Ok(Some(Moved { timing, bytes: (spec.cost)(&dims).bytes as f64, through: 4 * count }))
+}
+
+/// Reading and writing in place: on the CPU, by all threads, where a copy may also read what it writes. None elsewhere.
+pub fn update(device: &dyn Device) -> Result<Option<Moved>> {
+    if device.caps().kind != DeviceKind::Cpu {
+        return Ok(None);
+    }
+    let bytes = 2 * copy_bytes(device);
+    let mut words = vec![1u64; bytes / 8];
+    let add = |part: &mut [u64]| part.iter_mut().for_each(|word| *word = word.wrapping_add(1));
+    let moved = parts(bytes, 2, &mut |range, of_thread| words[range].par_chunks_mut(of_thread).for_each(add))?;
+    Ok(Some(moved))
 }
 
 /// The time of products of AMX tiles with factors of a type, and their operations. None where there are none.
@@ -193,12 +234,13 @@ pub fn tiles(device: &dyn Device, factors: Dtype) -> Result<Option<(Timing, f64)
 /// The fastest product with activations of a type and weights of some formats: its kernel, time and operations. None
 /// where no kernel runs.
 pub fn matmul(device: &dyn Device, act: Dtype, formats: &[&str]) -> Result<Option<(&'static str, Timing, f64)>> {
+    let cpu = device.caps().kind == DeviceKind::Cpu;
     let products = OPS.iter().filter(|op| op.name == "qmatmul" && formats.contains(&op.format));
     let mut best: Option<(&'static str, Timing, f64)> = None;
     for op in products {
-        for size in [CUBE, LARGE_CUBE] {
+        for size in if cpu { [SMALL_CUBE, CUBE] } else { [CUBE, LARGE_CUBE] } {
             let Some(found) = cube(device, op, act, size)? else { break };
-            let enough = found.1.median >= TOO_SHORT || device.caps().kind == DeviceKind::Cpu;
+            let enough = !cpu && found.1.median >= TOO_SHORT;
             let rate = |(_, timing, flops): &(&str, Timing, f64)| flops / timing.least;
             if best.as_ref().is_none_or(|best| rate(&found) > rate(best)) {
                 best = Some(found);
@@ -254,9 +296,9 @@ pub fn launch(device: &dyn Device, budget: f64) -> Result<Option<(&'static str, 
 
 /// The best rates for `doctor`: GB/s of a copy, and GFLOP/s of the fastest product of f32 by f32.
 pub fn peaks(device: &dyn Device) -> Result<(f64, Option<f64>)> {
-    let (copied, bytes) = copy(device)?;
+    let copied = copy(device)?;
     let product = matmul(device, Dtype::F32, &["f32"])?;
-    Ok((bytes / copied.least / 1e9, product.map(|(_, timing, flops)| flops / timing.least / 1e9)))
+    Ok((copied.speed() / 1e9, product.map(|(_, timing, flops)| flops / timing.least / 1e9)))
 }
 
 /// The last-level cache in bytes, where the system or the driver tells it.

@@ -91,10 +91,11 @@ pub fn roofline(rows: &[&Row]) -> Option<String> {
     Some(themed(&svg, &label))
 }
 
-/// Bytes a second of the faster of copying and reading; none where no copy was measured.
+/// Bytes a second of what moves them fastest, a copy, reading or an update; none where no copy was measured.
 fn memory(rows: &[&Row]) -> Option<f64> {
-    let of = |what: &str| rows.iter().find(|row| row.kind == Kind::Roofline && row.kernel == what)?.gb_per_s;
-    of("copy").map(|copy| of("read").map_or(copy, |read| copy.max(read)))
+    let limits = || rows.iter().filter(|row| row.kind == Kind::Roofline && row.gb_per_s.is_some());
+    limits().find(|row| row.kernel == "copy")?;
+    limits().filter_map(|row| row.gb_per_s).reduce(f64::max)
 }
 
 /// Bytes a second over the least bytes of each kernel that moves more than it computes, and memory's.

@@ -59,9 +59,9 @@ fn of_device(device: &OnDevice<'_>, named: bool) -> String {
         let _ = write!(
             html,
             "<section><h2>Under the roof</h2><p class=\"note\">A dot is a kernel on a shape, by the least bytes and \
-             operations of its contract. The lines are what this device did in the same run: it copied or read along \
-             the slope, whichever was faster, and a level is its fastest product of a type.</p><div class=\"scroll\">\
-             {svg}</div>{}</section>",
+             operations of its contract. The lines are what this device did in the same run: it copied, read or \
+             updated along the slope, whatever was fastest, and a level is its fastest product of a type.</p>\
+             <div class=\"scroll\">{svg}</div>{}</section>",
             legend(&device.rows, "measured limit")
         );
     }
@@ -70,7 +70,7 @@ fn of_device(device: &OnDevice<'_>, named: bool) -> String {
             html,
             "<section><h2>Waiting for memory</h2><p class=\"note\">Least bytes over time of every launch that has more \
              to move than to compute.</p><div class=\"scroll\">{svg}</div>{}</section>",
-            legend(&device.rows, "a copy, or reading")
+            legend(&device.rows, "memory's measured limit")
         );
     }
     html += &invariance::html(&device.rows);
