@@ -256,7 +256,8 @@ impl Registry {
         let last = entries.len().saturating_sub(8);
         let known: Vec<String> = entries[last..].iter().map(one).collect();
         let before = if last > 0 { format!("{last} before, ") } else { String::new() };
-        Ok(format!("its versions are {before}{}", known.join("; ")))
+        let word = if entries.len() == 1 { "its version is" } else { "its versions are" };
+        Ok(format!("{word} {before}{}", known.join("; ")))
     }
 
     fn entry(&self, id: i64) -> Result<Entry, Error> {

@@ -312,7 +312,9 @@ fn judge(
     }
     let better = gain.low > terms.min_gain;
     let (than, limit) = (if better { "lies above" } else { "does not lie above" }, terms.min_gain);
-    say(better, format!("the gain in {metric}, {}, {than} {limit}", shown(gain)));
+    let (what, n) = (if matches!(terms.task, Task::Rows(_)) { "rows" } else { "questions" }, gains.len());
+    let sides = format!("{metric} over {n} {what} is {:.4}, the champion's {:.4}", mean(&ours), mean(&theirs));
+    say(better, format!("{sides}: the gain, {}, {than} {limit}", shown(gain)));
     let task = json!({ "metric": metric, "n": gains.len(), "groups": distinct.len(), "candidate": mean(&ours),
         "champion": mean(&theirs), "gain": gain, "p": p, "min_gain": limit });
     let mut figures = Vec::new();
@@ -325,8 +327,11 @@ fn judge(
         let delta = stats::bootstrap(&rises, &stretches, terms.seed);
         let kept = delta.high < terms.max_forgetting && rises.iter().all(|rise| rise.is_finite());
         let than = if kept { "lies below" } else { "does not lie below" };
-        let (limit, text) = (terms.max_forgetting, quote(name));
-        say(kept, format!("the loss on {text} rises by {}, which {than} {limit}", shown(delta)));
+        let limit = terms.max_forgetting;
+        let text = if terms.retention.is_empty() { "the bundled text".into() } else { quote(name) };
+        let sides =
+            format!("the loss on {text} is {:.4} nats a token, the champion's {:.4}", mean(&ours), mean(&theirs));
+        say(kept, format!("{sides}: the rise, {}, {than} {limit}", shown(delta)));
         figures.push(json!({ "text": name, "tokens": rises.len(), "candidate_nll": mean(&ours),
             "champion_nll": mean(&theirs), "base_nll": mean(&bare), "delta": delta, "max_forgetting": limit,
             "kept": kept }));
