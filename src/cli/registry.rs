@@ -32,7 +32,7 @@ pub fn resolve(kind: Kind, path: &Path) -> Result<PathBuf> {
 }
 
 fn named() -> Result<PathBuf> {
-    let none = || Usage("name the registry: --registry DIR, or the variable HANDMILL_REGISTRY".into());
+    let none = || Usage("name the registry, a directory: --registry DIR, or the variable HANDMILL_REGISTRY".into());
     Ok(directory().ok_or_else(none)?)
 }
 
@@ -342,7 +342,7 @@ impl List {
             entries.retain(|entry| entry.tags.get(&key) == Some(&value));
         }
         if entries.is_empty() && !self.json {
-            note("nothing of this is registered: `handmill registry add NAME PATH`, or `handmill registry scan` for models");
+            note("nothing of this is registered: see `handmill registry add NAME PATH` and `handmill registry scan`");
         }
         entries.iter().try_for_each(|entry| print(entry, self.json))
     }
@@ -371,7 +371,8 @@ impl Show {
             writeln!(out, "from      {:<10} {}{known}", quote(&parent.role), quote(&parent.sha256))?;
         }
         for (key, value) in &entry.metadata {
-            writeln!(out, "{:<9} {}", quote(key), quote(&value.to_string()))?;
+            let value = value.as_str().map_or_else(|| value.to_string(), str::to_string);
+            writeln!(out, "{:<9} {}", quote(key), quote(&value))?;
         }
         for file in files {
             writeln!(out, "file      {} {:>9}  {}", &file.sha256[..12], human_bytes(file.bytes), quote(&file.path))?;

@@ -223,7 +223,7 @@ impl Registry {
             let found = version_of(view, reference)?;
             let Some((id, found)) = found else { return Ok(None) };
             if let Some(kind) = kind.filter(|kind| *kind != found) {
-                let what = format!("{} is of kind {found}, and a {kind} is asked for", reference.name);
+                let what = format!("{} is of kind {found}, where kind {kind} is asked for", reference.name);
                 return Err(Error::Request(what));
             }
             read(view, id).map(Some)
@@ -442,7 +442,10 @@ pub(super) fn insert(change: &Change, prepared: &Prepared) -> Result<(i64, bool)
     let known: Option<String> =
         change.with(|c| c.query_row("SELECT kind FROM names WHERE name = ?1", [name], |row| row.get(0)).optional())?;
     if let Some(other) = known.filter(|other| other != kind) {
-        return Err(Error::Request(format!("{name} is the name of a {other}: take another for this {kind}")));
+        return Err(Error::Request(format!(
+            "{name} is the name of {}: take another for this {kind}",
+            super::a(&other)
+        )));
     }
     let place = prepared.place.as_ref().map(|place| place.to_str().map(str::to_string));
     if place == Some(None) {
