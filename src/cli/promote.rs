@@ -213,11 +213,10 @@ pub fn tell(
 ) -> Result<()> {
     let mut out = io::stdout();
     let against = champion.map_or("the base model alone".into(), |version| format!("{}@{version}", candidate.name));
-    writeln!(out, "{} against {against}: {decision}", candidate.reference())?;
+    writeln!(out, "{} against {against}, with 95 % intervals: {decision}", candidate.reference())?;
     for reason in reasons {
         writeln!(out, "  {reason}")?;
     }
-    writeln!(out, "  (mean [95 % interval])")?;
     if let Some(evaluation) = evaluation {
         writeln!(out, "kept as {evaluation}")?;
     }

@@ -371,8 +371,7 @@ impl Show {
             writeln!(out, "from      {:<10} {}{known}", quote(&parent.role), quote(&parent.sha256))?;
         }
         for (key, value) in &entry.metadata {
-            let value = value.as_str().map_or_else(|| value.to_string(), str::to_string);
-            writeln!(out, "{:<9} {}", quote(key), quote(&value))?;
+            writeln!(out, "{:<9} {}", quote(key), quote(&words(value)))?;
         }
         for file in files {
             writeln!(out, "file      {} {:>9}  {}", &file.sha256[..12], human_bytes(file.bytes), quote(&file.path))?;
@@ -520,6 +519,12 @@ impl Gc {
         let what = if out.is_empty() { "nothing to take out".into() } else { format!("taken out: {}", out.join(", ")) };
         Ok(writeln!(io::stdout(), "{what}")?)
     }
+}
+
+/// A value as people read it: texts, and lists of them, without quotation marks.
+fn words(value: &Value) -> String {
+    let list = |values: &Vec<Value>| values.iter().map(words).collect::<Vec<_>>().join(", ");
+    value.as_str().map(str::to_string).or(value.as_array().map(list)).unwrap_or_else(|| value.to_string())
 }
 
 /// A number with its noun.

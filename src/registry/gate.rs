@@ -194,7 +194,7 @@ pub fn promote(
         },
     ];
     let mut verdict = judge(terms, &texts, basis, sides, &work, device, watch)?;
-    if let Some(leak) = leak(registry, candidate, terms)? {
+    if let Some(leak) = leak(registry, candidate, terms, &task_sha256)? {
         verdict.passed = false;
         verdict.reasons.push(leak);
     }
@@ -221,10 +221,12 @@ pub fn promote(
     Ok(Promoted { verdict, champion: champion.map(|champion| champion.version), evaluation })
 }
 
-/// Says which held-out questions the candidate was trained on, as far as the registry has its rows.
-fn leak(registry: &Registry, candidate: &Entry, terms: &Terms) -> Result<Option<String>, Error> {
-    let Task::Questions(path) = &terms.task else { return Ok(None) };
-    let held = questions::read_questions(path)?;
+/// Says which held-out questions the candidate was trained on, as far as the registry knows its rows.
+fn leak(registry: &Registry, candidate: &Entry, terms: &Terms, task: &str) -> Result<Option<String>, Error> {
+    let held = match &terms.task {
+        Task::Questions(path) => questions::read_questions(path)?,
+        Task::Rows(_) => Vec::new(),
+    };
     for parent in candidate.parents.iter().filter(|parent| parent.role == "data") {
         for rows in
             registry.by_hash(&parent.sha256)?.iter().filter(|rows| rows.kind == Kind::Dataset && !rows.directory)
@@ -239,7 +241,9 @@ fn leak(registry: &Registry, candidate: &Entry, terms: &Terms) -> Result<Option<
             }
         }
     }
-    Ok(None)
+    // Rows that the registry does not have are known by their hash alone.
+    let same = candidate.parents.iter().any(|parent| parent.role == "data" && parent.sha256 == task);
+    Ok(same.then(|| "the held-out set is the file that it was trained on".into()))
 }
 
 /// The word for what became of a candidate.
