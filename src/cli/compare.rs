@@ -8,19 +8,18 @@ use std::sync::atomic::Ordering;
 use anyhow::Result;
 use clap::Args;
 use handmill::compare::stages::file_sha256;
-use handmill::compare::{self, report, Config, Halt};
+use handmill::compare::{self, report, Config};
 use handmill::registry::entries::Source;
 use handmill::registry::record::Product;
 use handmill::registry::Kind;
 use serde_json::Value;
 
-use self::show::Display;
 use super::recipe::{Quant, RecipeFlags};
 use super::register::model_hash;
 use super::registry::directory;
+use super::stages::{halted, Stages};
 use super::{
-    note, print_json, resolve, stop_on_interrupt, ChecksFailed, Common, Interrupted, ModelFlag, Precision,
-    RegisterFlag, Usage,
+    note, print_json, resolve, stop_on_interrupt, ChecksFailed, Common, ModelFlag, Precision, RegisterFlag, Usage,
 };
 
 /// Fine-tune, retrieve, or both? Measured on your model, data and questions
@@ -122,20 +121,14 @@ impl Compare {
         let config = self.config()?;
         let device = self.common.open_device()?;
         let stop = stop_on_interrupt()?;
-        let mut display = Display::default();
+        let mut stages = Stages::default();
         let done = compare::work::run(&config, device, &mut |progress| {
-            display.show(progress);
+            stages.show(progress);
             !stop.load(Ordering::SeqCst)
         });
-        display.finish();
-        let outcome = match done {
-            Ok(outcome) => outcome,
-            Err(Halt::Error(error)) => return Err(error.into()),
-            Err(Halt::Interrupted) => {
-                note(&format!("stopped; what is done is kept in {}: the same command goes on", config.out.display()));
-                return Err(Interrupted.into());
-            }
-        };
+        stages.finish();
+        let kept = format!("stopped; what is done is kept in {}: the same command goes on", config.out.display());
+        let outcome = done.map_err(|halt| halted(halt, &kept))?;
         report::write(&config.out, &outcome)?;
         self.record(&config, &outcome.json())?;
         match self.common.json {

@@ -11,9 +11,10 @@ use handmill::registry::{names, Kind};
 use serde_json::{json, Value};
 
 use super::data::ChoiceFlags;
-use super::promote::{halted, merge, tell, GateFlags, Stages};
+use super::promote::{merge, tell, GateFlags};
 use super::recipe::{Quant, RecipeFlags};
 use super::registry::create;
+use super::stages::{halted, Stages};
 use super::{print_json, resolve, stop_on_interrupt, ChecksFailed, Common, ModelFlag, Usage};
 
 /// Turn served answers into a candidate: rows, fine-tune, gate, alias
@@ -139,9 +140,5 @@ fn show(done: &Done) -> Result<()> {
     let (first, last) = (loss(losses.first()), loss(losses.last()));
     writeln!(out, "{}: {} steps in {seconds:.1} s, loss {first} -> {last}", done.adapter.reference(), losses.len())?;
     let judged = &done.judged;
-    tell(&done.adapter, &judged.decision, &judged.reasons, judged.champion, judged.evaluation.as_deref())?;
-    for alias in &done.adapter.aliases {
-        writeln!(out, "{}@{alias} is version {}", done.adapter.name, done.adapter.version)?;
-    }
-    Ok(())
+    tell(&done.adapter, &judged.decision, &judged.reasons, judged.champion, judged.evaluation.as_deref())
 }

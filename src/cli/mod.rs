@@ -22,6 +22,7 @@ mod search;
 mod serve;
 mod sim;
 mod sim_trace;
+mod stages;
 mod verify;
 
 use std::io::{self, Write};

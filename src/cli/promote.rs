@@ -6,18 +6,17 @@ use std::sync::atomic::Ordering;
 
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
-use handmill::compare::{Halt, Progress};
 use handmill::error::quote;
 use handmill::quant::Format;
 use handmill::registry::entries::Entry;
 use handmill::registry::gate::{self, Aliases, Metric, Task, Terms};
 use handmill::registry::{names, Kind, Registry};
-use indicatif::ProgressBar;
 use serde_json::{json, Value};
 
 use super::recipe::Quant;
 use super::registry::open;
-use super::{note, print_json, resolve, stop_on_interrupt, ChecksFailed, Common, Interrupted, Usage};
+use super::stages::{halted, Stages};
+use super::{print_json, resolve, stop_on_interrupt, ChecksFailed, Common, Usage};
 
 /// Make a candidate the champion, if it is better where it must be and no worse where it must not be
 ///
@@ -146,49 +145,6 @@ impl GateFlags {
     }
 }
 
-/// Shows stages on a terminal.
-#[derive(Default)]
-pub struct Stages {
-    bar: Option<ProgressBar>,
-    stage: String,
-}
-
-impl Stages {
-    /// Shows where the work stands.
-    pub fn show(&mut self, progress: &Progress) {
-        if self.stage != progress.stage {
-            self.finish();
-            let words = format!("{}: {}", progress.stage, progress.what);
-            self.stage = progress.stage.into();
-            self.bar =
-                Some(if progress.total > 0 { super::progress(progress.total, "") } else { super::spinner(words) });
-        }
-        if let Some(bar) = &self.bar {
-            bar.set_length(progress.total.max(1) as u64);
-            bar.set_position(progress.done as u64);
-            bar.set_message(format!("{}: {}", progress.stage, progress.what));
-        }
-    }
-
-    /// Takes the line away.
-    pub fn finish(&mut self) {
-        if let Some(bar) = self.bar.take() {
-            bar.finish_and_clear();
-        }
-    }
-}
-
-/// What stopped the work, in the tool's terms.
-pub fn halted(halt: Halt, what: &str) -> anyhow::Error {
-    match halt {
-        Halt::Error(error) => error.into(),
-        Halt::Interrupted => {
-            note(what);
-            Interrupted.into()
-        }
-    }
-}
-
 /// The model that an adapter was trained over, where the registry has it.
 fn base_of(registry: &Registry, entry: &Entry) -> Result<PathBuf> {
     for parent in entry.parents.iter().filter(|parent| parent.role == "base") {
@@ -257,12 +213,18 @@ pub fn tell(
 ) -> Result<()> {
     let mut out = io::stdout();
     let against = champion.map_or("the base model alone".into(), |version| format!("{}@{version}", candidate.name));
-    writeln!(out, "{} against {against}: {decision}", candidate.reference())?;
+    writeln!(out, "{} against {against}, with 95 % intervals: {decision}", candidate.reference())?;
     for reason in reasons {
         writeln!(out, "  {reason}")?;
     }
     if let Some(evaluation) = evaluation {
         writeln!(out, "kept as {evaluation}")?;
+    }
+    if decision == "refused" {
+        writeln!(out, "no alias has moved")?;
+    }
+    for alias in &candidate.aliases {
+        writeln!(out, "{}@{alias} is version {}", candidate.name, candidate.version)?;
     }
     Ok(())
 }

@@ -61,6 +61,12 @@ impl RegisterFlag {
         let left = record::leave(&create()?, command, &object, parents, &products)?;
         let names: Vec<String> = left.iter().map(Entry::reference).collect();
         note(&format!("registered: {}", names.join(", ")));
+        if let Some(adapter) = left.iter().find(|entry| entry.kind == Kind::Adapter) {
+            let (name, version) = (&adapter.name, adapter.version);
+            note(&format!(
+                "handmill promote {name} --candidate {version} --questions FILE puts it in use, if it is better"
+            ));
+        }
         Ok(())
     }
 }

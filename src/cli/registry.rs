@@ -32,7 +32,7 @@ pub fn resolve(kind: Kind, path: &Path) -> Result<PathBuf> {
 }
 
 fn named() -> Result<PathBuf> {
-    let none = || Usage("name the registry: --registry DIR, or the variable HANDMILL_REGISTRY".into());
+    let none = || Usage("name the registry, a directory: --registry DIR, or the variable HANDMILL_REGISTRY".into());
     Ok(directory().ok_or_else(none)?)
 }
 
@@ -342,7 +342,7 @@ impl List {
             entries.retain(|entry| entry.tags.get(&key) == Some(&value));
         }
         if entries.is_empty() && !self.json {
-            note("nothing of this is registered: `handmill registry add NAME PATH`, or `handmill registry scan` for models");
+            note("nothing of this is registered: see `handmill registry add NAME PATH` and `handmill registry scan`");
         }
         entries.iter().try_for_each(|entry| print(entry, self.json))
     }
@@ -371,7 +371,7 @@ impl Show {
             writeln!(out, "from      {:<10} {}{known}", quote(&parent.role), quote(&parent.sha256))?;
         }
         for (key, value) in &entry.metadata {
-            writeln!(out, "{:<9} {}", quote(key), quote(&value.to_string()))?;
+            writeln!(out, "{:<9} {}", quote(key), quote(&words(value)))?;
         }
         for file in files {
             writeln!(out, "file      {} {:>9}  {}", &file.sha256[..12], human_bytes(file.bytes), quote(&file.path))?;
@@ -519,6 +519,12 @@ impl Gc {
         let what = if out.is_empty() { "nothing to take out".into() } else { format!("taken out: {}", out.join(", ")) };
         Ok(writeln!(io::stdout(), "{what}")?)
     }
+}
+
+/// A value as people read it: texts, and lists of them, without quotation marks.
+fn words(value: &Value) -> String {
+    let list = |values: &Vec<Value>| values.iter().map(words).collect::<Vec<_>>().join(", ");
+    value.as_str().map(str::to_string).or(value.as_array().map(list)).unwrap_or_else(|| value.to_string())
 }
 
 /// A number with its noun.

@@ -13,6 +13,7 @@ use handmill::device::invariant::invariant;
 use handmill::device::Device;
 use handmill::model::adapter::{model_sha256, sha256};
 use handmill::model::checkpoint::Checkpoint;
+use handmill::registry::Kind;
 use handmill::retrieve::index::Index;
 use handmill::retrieve::prompt::special_tokens;
 use handmill::serve::canary::{AliasSpec, Canary};
@@ -28,7 +29,8 @@ use regex::Regex;
 use serde_json::{json, Value};
 
 use super::{
-    note, open_embedder, open_model, print_json, stop_on_interrupt, BaseFlag, Common, ModelFlag, Precision, Usage,
+    note, open_embedder, open_model, print_json, resolve, stop_on_interrupt, BaseFlag, Common, ModelFlag, Precision,
+    Usage,
 };
 
 /// The least score of a passage worth giving, as for `handmill ask`.
@@ -348,7 +350,7 @@ impl Serve {
         let embedder = open_embedder(path, device)?;
         let mut indexes = BTreeMap::new();
         for (name, dir) in &self.index {
-            if indexes.insert(name.clone(), Index::open(dir, &embedder)?).is_some() {
+            if indexes.insert(name.clone(), Index::open(&resolve(Kind::Index, dir)?, &embedder)?).is_some() {
                 return Err(Usage(format!("two indexes are called {name}")).into());
             }
         }
@@ -359,10 +361,11 @@ impl Serve {
     fn open_engine(&self, device: &Arc<dyn Device>) -> Result<Engine> {
         let flag = super::AdapterFlag { adapter: None, base: BaseFlag { any_base: self.base.any_base } };
         let device = if self.any_batch { device.clone() } else { invariant(device.clone()) };
-        let model = open_model(&self.model.model, &flag, &self.precision, &device)?;
+        let path = self.model.path()?;
+        let model = open_model(&path, &flag, &self.precision, &device)?;
         // Reading the model's files whole is for those who load adapters.
         let asked = !self.base.any_base && (!self.adapter.is_empty() || self.allow_admin);
-        let base = asked.then(|| model_sha256(&Checkpoint::open(&self.model.model)?)).transpose()?;
+        let base = asked.then(|| model_sha256(&Checkpoint::open(&path)?)).transpose()?;
         let options = Options {
             max_running: self.max_running,
             max_waiting: self.max_waiting,
@@ -373,7 +376,8 @@ impl Serve {
         };
         let engine = Engine::start(model, options)?;
         for (name, path) in &self.adapter {
-            engine.load_adapter(name, path).with_context(|| format!("adapter {name}: {}", path.display()))?;
+            let path = resolve(Kind::Adapter, path)?;
+            engine.load_adapter(name, &path).with_context(|| format!("adapter {name}: {}", path.display()))?;
         }
         Ok(engine)
     }
@@ -381,6 +385,7 @@ impl Serve {
     /// The questions that others are compared with: unit vectors of a `.npy`, or texts of a `.jsonl`.
     fn open_drift(&self, retrieval: Option<&Retrieval>) -> Result<Option<Watch>> {
         let (Some(path), Some(retrieval)) = (&self.drift_reference, retrieval) else { return Ok(None) };
+        let path = &resolve(Kind::Dataset, path)?;
         let d = retrieval.embedder.width();
         let place = || format!("--drift-reference {}", path.display());
         let rows = match path.extension().is_some_and(|end| end == "npy") {

@@ -223,7 +223,7 @@ impl Registry {
             let found = version_of(view, reference)?;
             let Some((id, found)) = found else { return Ok(None) };
             if let Some(kind) = kind.filter(|kind| *kind != found) {
-                let what = format!("{} is of kind {found}, and a {kind} is asked for", reference.name);
+                let what = format!("{} is of kind {found}, where kind {kind} is asked for", reference.name);
                 return Err(Error::Request(what));
             }
             read(view, id).map(Some)
@@ -256,7 +256,8 @@ impl Registry {
         let last = entries.len().saturating_sub(8);
         let known: Vec<String> = entries[last..].iter().map(one).collect();
         let before = if last > 0 { format!("{last} before, ") } else { String::new() };
-        Ok(format!("its versions are {before}{}", known.join("; ")))
+        let word = if entries.len() == 1 { "its version is" } else { "its versions are" };
+        Ok(format!("{word} {before}{}", known.join("; ")))
     }
 
     fn entry(&self, id: i64) -> Result<Entry, Error> {
@@ -441,7 +442,10 @@ pub(super) fn insert(change: &Change, prepared: &Prepared) -> Result<(i64, bool)
     let known: Option<String> =
         change.with(|c| c.query_row("SELECT kind FROM names WHERE name = ?1", [name], |row| row.get(0)).optional())?;
     if let Some(other) = known.filter(|other| other != kind) {
-        return Err(Error::Request(format!("{name} is the name of a {other}: take another for this {kind}")));
+        return Err(Error::Request(format!(
+            "{name} is the name of {}: take another for this {kind}",
+            super::a(&other)
+        )));
     }
     let place = prepared.place.as_ref().map(|place| place.to_str().map(str::to_string));
     if place == Some(None) {

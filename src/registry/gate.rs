@@ -194,7 +194,7 @@ pub fn promote(
         },
     ];
     let mut verdict = judge(terms, &texts, basis, sides, &work, device, watch)?;
-    if let Some(leak) = leak(registry, candidate, terms)? {
+    if let Some(leak) = leak(registry, candidate, terms, &task_sha256)? {
         verdict.passed = false;
         verdict.reasons.push(leak);
     }
@@ -221,10 +221,12 @@ pub fn promote(
     Ok(Promoted { verdict, champion: champion.map(|champion| champion.version), evaluation })
 }
 
-/// Says which held-out questions the candidate was trained on, as far as the registry has its rows.
-fn leak(registry: &Registry, candidate: &Entry, terms: &Terms) -> Result<Option<String>, Error> {
-    let Task::Questions(path) = &terms.task else { return Ok(None) };
-    let held = questions::read_questions(path)?;
+/// Says which held-out questions the candidate was trained on, as far as the registry knows its rows.
+fn leak(registry: &Registry, candidate: &Entry, terms: &Terms, task: &str) -> Result<Option<String>, Error> {
+    let held = match &terms.task {
+        Task::Questions(path) => questions::read_questions(path)?,
+        Task::Rows(_) => Vec::new(),
+    };
     for parent in candidate.parents.iter().filter(|parent| parent.role == "data") {
         for rows in
             registry.by_hash(&parent.sha256)?.iter().filter(|rows| rows.kind == Kind::Dataset && !rows.directory)
@@ -239,7 +241,9 @@ fn leak(registry: &Registry, candidate: &Entry, terms: &Terms) -> Result<Option<
             }
         }
     }
-    Ok(None)
+    // Rows that the registry does not have are known by their hash alone.
+    let same = candidate.parents.iter().any(|parent| parent.role == "data" && parent.sha256 == task);
+    Ok(same.then(|| "the held-out set is the file that it was trained on".into()))
 }
 
 /// The word for what became of a candidate.
@@ -312,7 +316,9 @@ fn judge(
     }
     let better = gain.low > terms.min_gain;
     let (than, limit) = (if better { "lies above" } else { "does not lie above" }, terms.min_gain);
-    say(better, format!("the gain in {metric}, {}, {than} {limit}", shown(gain)));
+    let (what, n) = (if matches!(terms.task, Task::Rows(_)) { "rows" } else { "questions" }, gains.len());
+    let sides = format!("{metric} over {n} {what} is {:.4}, the champion's {:.4}", mean(&ours), mean(&theirs));
+    say(better, format!("{sides}: the gain, {}, {than} {limit}", shown(gain)));
     let task = json!({ "metric": metric, "n": gains.len(), "groups": distinct.len(), "candidate": mean(&ours),
         "champion": mean(&theirs), "gain": gain, "p": p, "min_gain": limit });
     let mut figures = Vec::new();
@@ -325,8 +331,11 @@ fn judge(
         let delta = stats::bootstrap(&rises, &stretches, terms.seed);
         let kept = delta.high < terms.max_forgetting && rises.iter().all(|rise| rise.is_finite());
         let than = if kept { "lies below" } else { "does not lie below" };
-        let (limit, text) = (terms.max_forgetting, quote(name));
-        say(kept, format!("the loss on {text} rises by {}, which {than} {limit}", shown(delta)));
+        let limit = terms.max_forgetting;
+        let text = if terms.retention.is_empty() { "the bundled text".into() } else { quote(name) };
+        let sides =
+            format!("the loss on {text} is {:.4} nats a token, the champion's {:.4}", mean(&ours), mean(&theirs));
+        say(kept, format!("{sides}: the rise, {}, {than} {limit}", shown(delta)));
         figures.push(json!({ "text": name, "tokens": rises.len(), "candidate_nll": mean(&ours),
             "champion_nll": mean(&theirs), "base_nll": mean(&bare), "delta": delta, "max_forgetting": limit,
             "kept": kept }));

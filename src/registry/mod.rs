@@ -81,6 +81,12 @@ impl Kind {
     }
 }
 
+/// A kind's word with its article.
+fn a(word: &str) -> String {
+    let article = if word.starts_with(['a', 'e', 'i', 'o', 'u']) { "an" } else { "a" };
+    format!("{article} {word}")
+}
+
 impl std::str::FromStr for Kind {
     type Err = Error;
     fn from_str(word: &str) -> Result<Kind, Error> {

@@ -107,10 +107,16 @@ impl Registry {
                     let known = read.get(&place).cloned().map_or_else(|| files::hash(&place, &mut |_| Ok(())), Ok);
                     let wrong = match &known {
                         Err(error) => Some(error.to_string()),
-                        Ok((hash, bytes)) if (hash, *bytes) != (&file.sha256, file.bytes) => Some(format!(
-                            "holds {bytes} bytes of SHA-256 {hash}; {} of {} are registered",
-                            file.bytes, file.sha256
-                        )),
+                        Ok((_, bytes)) if *bytes != file.bytes => {
+                            Some(format!("has {bytes} bytes; {} were registered", file.bytes))
+                        }
+                        Ok((hash, _)) if *hash != file.sha256 => {
+                            let short = |hash: &str| hash.get(..12).unwrap_or_default().to_string();
+                            let (now, then) = (short(hash), short(&file.sha256));
+                            Some(format!(
+                                "has changed: its SHA-256 begins with {now}, that of what was registered with {then}"
+                            ))
+                        }
                         Ok(_) => None,
                     };
                     if let Ok((hash, bytes)) = known {

@@ -1,8 +1,8 @@
 //! What was counted of an arm, with intervals, and the bounds beyond which it is rolled back.
 //!
 //! A bound is judged after every answer, so an interval of 95 % would sooner or later condemn a good arm. Judgement uses
-//! 99.9 % (z = 3.29) and a least count; what is shown to people are intervals of 95 %. Shares have Wilson's interval and
-//! Newcombe's for a difference; seconds are lognormal: their logarithms have Student's, and Welch's for a ratio.
+//! 99.9 % (z = 3.29) and a least count; what is shown to people are intervals of 95 %. Shares have Wilson's interval,
+//! their differences Newcombe's; seconds are lognormal: their logarithms have Student's, and Welch's for a ratio.
 
 use serde_json::{json, Value};
 

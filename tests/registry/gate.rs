@@ -122,6 +122,13 @@ fn other_measures_and_terms_that_make_no_sense() {
     let flags = ["promote", "support", "--candidate", "2", "--retention", str(&text), "--device", "cpu"];
     let by = |more: &[&str]| place.run(&[&flags[..], more, &["--json"]].concat());
     let run = by(&["--eval-data", str(&rows), "--max-forgetting", "99"]);
+    assert!(run.code == 1 && run.stdout.contains("is the file that it was trained on"), "{}", run.stdout);
+    let row = |(thing, at): (&str, &str)| {
+        let asked = format!("At what stands the {thing}?");
+        json!({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": at}]})
+    };
+    let held = place.file("held.jsonl", &THINGS.map(|thing| format!("{}\n", row(thing))).concat());
+    let run = by(&["--eval-data", str(&held), "--max-forgetting", "99"]);
     let passed = run.object();
     assert_eq!((run.code, &passed["task"]["metric"], &passed["task"]["n"]), (0, &"nll".into(), &8.into()), "{passed}");
     place.json(&["registry", "alias", "support", "champion", "--delete"]);

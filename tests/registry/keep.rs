@@ -1,6 +1,7 @@
 //! What is registered comes back as it was, is found by its name, and is told of when it is not what it was.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 
 use handmill::model::adapter::{LoraConfig, TARGETS};
 use handmill::model::checkpoint::Checkpoint;
@@ -100,6 +101,15 @@ fn names_stand_wherever_paths_do() {
     place.json(&["registry", "add", "support", str(&place.path("fresh")), "--alias", "candidate"]);
     // B of a fresh adapter is zero.
     assert_eq!(eval(&["--model", "tiny", "--adapter", "support@candidate"])["mean_nll"], plain["mean_nll"]);
+
+    let flags = ["serve", "--model", "tiny", "--adapter", "now=support@candidate", "--listen", "127.0.0.1:0"];
+    let mut server = place.start(&[&flags[..], &["--device", "cpu", "--json"]].concat());
+    let mut ready = String::new();
+    BufReader::new(server.stdout.take().unwrap()).read_line(&mut ready).unwrap();
+    server.kill().unwrap();
+    server.wait().unwrap();
+    let ready: Value = serde_json::from_str(&ready).expect("it is ready");
+    assert_eq!(ready["models"], serde_json::json!(["tiny", "now"]));
 
     let error = place.fails(&["eval", "--model", "tiny2", "--text", str(&text)]);
     assert!(
