@@ -232,7 +232,7 @@ impl<C: Codes> Work<'_, C> {
             }
             let group = first / self.span;
             let count = steps / self.span;
-            if group % READ == 0 {
+            if group.is_multiple_of(READ) {
                 scales.read(group, &mut scale_vectors);
                 if let Some(mins) = mins {
                     mins.read(group, &mut min_vectors);
