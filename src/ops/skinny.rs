@@ -8,14 +8,14 @@ use super::vector::{Vector, LANES};
 const SERIAL: usize = 1 << 15;
 
 /// Rows of a matrix that threads write, each its own.
-pub struct Rows(pub *mut f32);
+pub struct Rows<T = f32>(pub *mut T);
 
 // SAFETY: whoever writes through it says why no other thread touches the place.
-unsafe impl Sync for Rows {}
+unsafe impl<T: Send> Sync for Rows<T> {}
 
-impl Rows {
+impl<T> Rows<T> {
     /// Where element `i` lies.
-    pub fn at(&self, i: usize) -> *mut f32 {
+    pub fn at(&self, i: usize) -> *mut T {
         self.0.wrapping_add(i)
     }
 }

@@ -29,9 +29,9 @@ use self::rows::{Rows, Vectors, READ, STRIP};
 use super::args::{arguments, Args};
 use crate::op::*;
 use crate::ops::amx::{self, Packed, Tile, DEPTH, ROWS};
-use crate::ops::team;
 use crate::ops::vector::{for_simd, Body, Vector};
 use crate::ops::weights::{Scales, Weights};
+use crate::ops::{skinny, team};
 use rayon::prelude::*;
 use std::arch::x86_64::*;
 use std::cell::Cell;
@@ -118,7 +118,7 @@ fn run<C: Codes>(a: &Args<'_>, codes: &[u8], how: C) {
 
     let mut x = LAUNCH.take();
     // As many rows of x as stay in a core's second cache while all of W goes by.
-    let most = ROWS * (amx::far_tiles(depth)).min(a.m.div_ceil(ROWS));
+    let most = ROWS * amx::far_tiles(depth).min(a.m.div_ceil(ROWS));
     for first in (0..a.m).step_by(most) {
         let rows = first..(first + most).min(a.m);
         let blocks = rows.len().div_ceil(ROWS);
@@ -158,7 +158,7 @@ impl<C: Codes> Work<'_, C> {
     /// Rows of x as tiles, and their groups' sums.
     fn pack(&self, rows: std::ops::Range<usize>, x: &mut Activations) {
         let (k, groups) = (self.a.k, self.depth / self.span);
-        let (tiles, sums) = (Shared(x.tiles.as_mut_ptr()), Shared(x.sums.as_mut_ptr()));
+        let (tiles, sums) = (skinny::Rows(x.tiles.as_mut_ptr()), skinny::Rows(x.sums.as_mut_ptr()));
         let units = self.depth.div_ceil(self.unit);
         let part = |part: usize| {
             let (block, unit) = (part / units, part % units);
@@ -299,19 +299,6 @@ impl<C: Codes> Work<'_, C> {
                 unsafe { _mm512_mask_storeu_ps(a.y.at(m, n + half * ROWS), mask, y) };
             }
         }
-    }
-}
-
-/// A place that parts of a launch write, each its own elements.
-#[derive(Clone, Copy)]
-struct Shared<T>(*mut T);
-
-// SAFETY: see above; elements are plain numbers.
-unsafe impl<T> Sync for Shared<T> {}
-
-impl<T> Shared<T> {
-    fn at(&self, i: usize) -> *mut T {
-        self.0.wrapping_add(i)
     }
 }
 
