@@ -16,6 +16,8 @@ mod killed;
 mod life;
 #[path = "index/pdf.rs"]
 mod pdf;
+#[path = "support/place.rs"]
+mod place;
 #[path = "index/real.rs"]
 mod real;
 #[path = "index/tiny.rs"]

@@ -11,6 +11,8 @@ mod keep;
 #[path = "registry/killed.rs"]
 mod killed;
 #[cfg(unix)] // signals
+#[path = "support/place.rs"]
+mod place;
 #[path = "registry/real.rs"]
 mod real;
 #[path = "models/reference.rs"]
