@@ -489,7 +489,7 @@ pub fn row_invariant(spec: &OpSpec, kernel: &Kernel) -> bool {
 type Invariants = &'static [(&'static str, &'static [&'static str])];
 
 const INVARIANT_RUST: Invariants = &[
-    ("qmatmul", &["naive", "rows", "rows_avx2", "rows_avx512", "amx_codes"]),
+    ("qmatmul", &["naive", "rows", "rows_avx2", "rows_avx512", "vnni", "amx_codes"]),
     ("embedding", &["rows"]),
     ("rmsnorm", &["rows"]),
     ("rope", &["rows"]),

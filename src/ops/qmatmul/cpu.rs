@@ -7,6 +7,7 @@
 //! | `gemm` | decode W once into f32, then one large product by the `gemm` crate | many tokens |
 //! | `amx` | the same on tiles of bf16, three to a number | processors that have them |
 //! | `rows` | a row of W is decoded in registers as it streams by and meets every x: no decoded W in memory | M ≤ 16 |
+//! | `vnni` | whole numbers: codes meet the bytes of x, 64 products an instruction ([`super::vnni`]) | M ≤ 16, q4, q8 |
 //! | `amx_codes` | codes on tiles as they are, scales on their products | codes, where there are tiles |
 //!
 //! ```text
@@ -37,13 +38,13 @@ thread_local! {
     static PANEL_MEMORY: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 /// How far ahead of the row in work its weights are asked for, in bytes. The processor's own prefetch stops at each page.
-const AHEAD: usize = 2048;
+pub(super) const AHEAD: usize = 2048;
 /// Multiply-adds below which waking a second thread costs more than it saves.
 const SERIAL: usize = 1 << 16;
 
 /// A format's three rungs in three instruction sets.
 macro_rules! kernels {
-    ($name:ident, $word:literal $(, $codes:ident)?) => {
+    ($name:ident, $word:literal $(, codes on $codes:ident)? $(, bytes on $vnni:ident)?) => {
         pub const $name: &[Kernel] = &[
             rung(concat!("qmatmul_", $word, "_naive"), |d, a| naive($word, d, a), always),
             rung(concat!("qmatmul_", $word, "_gemm"), |d, a| gemm($word, Simd::Portable, d, a), always),
@@ -55,6 +56,10 @@ macro_rules! kernels {
             rung(concat!("qmatmul_", $word, "_rows_avx2"), |d, a| rows($word, Simd::Avx2, d, a), few_rows_avx2),
             rung(concat!("qmatmul_", $word, "_rows_avx512"), |d, a| rows($word, Simd::Avx512, d, a), few_rows_avx512),
             $(
+                #[cfg(target_arch = "x86_64")]
+                rung(concat!("qmatmul_", $word, "_vnni"), |d, a| super::$vnni::launch($word, d, a), super::$vnni::supports),
+            )?
+            $(
                 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
                 rung(concat!("qmatmul_", $word, "_amx_codes"), |d, a| super::$codes::launch($word, d, a), super::$codes::supports),
             )?
@@ -64,10 +69,10 @@ macro_rules! kernels {
 kernels!(KERNELS_F32, "f32");
 kernels!(KERNELS_F16, "f16");
 kernels!(KERNELS_BF16, "bf16");
-kernels!(KERNELS_Q4, "q4", amx_codes);
-kernels!(KERNELS_Q8, "q8", amx_codes);
-kernels!(KERNELS_NF4, "nf4", amx_codes);
-kernels!(KERNELS_NF4DQ, "nf4dq", amx_codes);
+kernels!(KERNELS_Q4, "q4", codes on amx_codes, bytes on vnni);
+kernels!(KERNELS_Q8, "q8", codes on amx_codes, bytes on vnni);
+kernels!(KERNELS_NF4, "nf4", codes on amx_codes);
+kernels!(KERNELS_NF4DQ, "nf4dq", codes on amx_codes);
 
 const fn rung(stem: &'static str, body: fn(&Dims, &mut [Slice<'_>]), supports: fn(&Dims, &Caps) -> bool) -> Kernel {
     Kernel { stem, source: Source::Rust(body), act: Dtype::F32, launch: no_grid, supports }
@@ -244,12 +249,17 @@ fn rows(word: &str, simd: Simd, d: &Dims, args: &mut [Slice<'_>]) {
     }
 }
 
-/// Divides the rows of W among the threads.
-fn stream(simd: Simd, a: &Args<'_>, x: &Prepared, row: impl RowDot) {
-    // Many more parts than threads, whole blocks of scales each: a thread that is held up leaves its share to the others.
+/// How many rows of W a task takes: many more tasks than threads, so that a thread that is held up leaves its share to
+/// the others, and whole blocks of scales.
+pub(super) fn rows_of_part(a: &Args<'_>) -> usize {
     let split = a.m * a.n * a.k >= SERIAL;
     let parts = if split { 16 * rayon::current_num_threads() } else { 1 };
-    let per_part = a.n.div_ceil(parts).next_multiple_of(SCALE_ROWS);
+    a.n.div_ceil(parts).next_multiple_of(SCALE_ROWS)
+}
+
+/// Divides the rows of W among the threads.
+fn stream(simd: Simd, a: &Args<'_>, x: &Prepared, row: impl RowDot) {
+    let per_part = rows_of_part(a);
     team::run(a.n.div_ceil(per_part), &|part| {
         let rows = part * per_part..((part + 1) * per_part).min(a.n);
         for_simd(simd, Stream { a, x, row, rows });

@@ -11,6 +11,8 @@ mod amx_codes;
 mod args;
 mod cpu;
 mod ptx;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
 mod wgsl;
 
 use super::weights::*;
