@@ -13,7 +13,11 @@
 //! is decoded in f32 and rounded once, so each term x·w is off by at most u·|x·w|, and decoding, scale, bias and the
 //! low-rank term are f32 work, of 2^-24. The tensor cores add products exact in f32, each sum off by at most 2^-22
 //! (they may truncate where f32 rounds): K sums by K·2^-14·u, below sqrt(K)·u for K up to 2^28. So even when no two
-//! errors cancel, all of them fit in the sqrt(K + R) + 6 roundings of u that are allowed. `wgmma` decodes in bf16: level
+//! errors cancel, all of them fit in the sqrt(K + R) + 6 roundings of u that are allowed. A weight in bf16 is taken as it
+//! is, without a rounding. One in f16 is rounded to bf16 once, as a decoded one is, and so within the same bound: its 11
+//! bits become 8, and bf16 has f16's exponents and more, so that none overflows and none, subnormal or not, becomes 0.
+//! Products in f16 would keep the weight, but not x, which a model's activations beyond 65504 make infinite. `wgmma`
+//! decodes in bf16: level
 //! or scale, absmax or min and the weight are rounded, three roundings for each term in place of one, which fit as well.
 //! `splitk` rounds no weight in q4, where scales and mins multiply sums in f32; in nf4 it rounds the level alone, in q8
 //! the weight alone. That it adds eight sums in place of one changes nothing: they are parts of the same f32 sum, taken
@@ -42,10 +46,12 @@ pub const KERNELS_F32: &[Kernel] = &[
 pub const KERNELS_F16: &[Kernel] = &[
     ptx!("qmatmul_f16_naive", row_by_columns, columns_fit),
     ptx!("qmatmul_f16_warp", sixteen_by_sixteen, rows_of_8_fit),
+    tensor_cores(ptx!("qmatmul_f16_mma", tiles, tiles_of_8_fit)),
 ];
 pub const KERNELS_BF16: &[Kernel] = &[
     ptx!("qmatmul_bf16_naive", row_by_columns, columns_fit),
     ptx!("qmatmul_bf16_warp", sixteen_by_sixteen, rows_of_8_fit),
+    tensor_cores(ptx!("qmatmul_bf16_mma", tiles, tiles_of_8_fit)),
 ];
 pub const KERNELS_Q4: &[Kernel] = &[
     ptx!("qmatmul_q4_naive", row_by_columns, columns_fit),
@@ -135,6 +141,11 @@ fn rows_of_8_fit(d: &Dims, caps: &Caps) -> bool {
 /// `mma`: tiles of 64 rows of x by 128 rows of W.
 fn tiles(d: &Dims) -> Launch {
     Launch { grid: [d["M"].div_ceil(64) as u32, d["N"].div_ceil(128) as u32, 1], block: [128, 1, 1], shared_bytes: 0 }
+}
+
+/// Rows of 16-bit weights and activations begin at multiples of 16 bytes.
+fn tiles_of_8_fit(d: &Dims, caps: &Caps) -> bool {
+    columns_fit(d, caps) && d["K"].is_multiple_of(8)
 }
 
 /// Rows of 4-bit codes begin at multiples of 16 bytes: all but groups of 16 in odd number see to that.
