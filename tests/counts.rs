@@ -130,7 +130,7 @@ fn warp_streams_w_once_up_to_16_rows() {
 fn mma_moves_each_tile_once_without_conflicts() {
     // The op, its activations, its result, the length of its sums.
     for (op, input, output, sum) in [("qmatmul", "x", "y", K), ("qmatmul_t", "dy", "dx", N)] {
-        for format in ["q4", "q8", "nf4", "nf4dq"] {
+        for format in ["q4", "q8", "nf4", "nf4dq", "bf16", "f16"] {
             for m in [16, 128] {
                 let run = count(op, format, "mma", m);
                 let what = run.what();
@@ -141,6 +141,7 @@ fn mma_moves_each_tile_once_without_conflicts() {
                 for (name, times) in [(run.streamed(), rows), (input, columns)] {
                     let (bytes, moved) = run.arg(name);
                     assert_eq!((moved.read, moved.sector_read), (times * bytes, times * bytes), "{what}: {name}");
+                    assert_eq!(moved.distinct_read, bytes, "{what}: {name} of memory");
                 }
                 let (bytes, moved) = run.arg(output);
                 assert_eq!((moved.written, moved.sector_written), (bytes, bytes), "{what}: {output}");

@@ -14,12 +14,12 @@ fn share_of_w(run: &Counted) -> f64 {
     sectors as f64 / least as f64
 }
 
-/// Codes and x once, y once; no bank conflicts, no products but those that are needed.
+/// Codes or weights and x once, y once; no bank conflicts, no products but those that are needed.
 fn moves_each_once(run: &Counted) {
     let what = run.what();
     let (m, n, k) = (run.dims["M"] as u64, run.dims["N"] as u64, run.dims["K"] as u64);
-    let (bytes, moved) = run.arg("codes");
-    assert_eq!((moved.read, moved.sector_read), (bytes, bytes), "{what}: codes");
+    let (bytes, moved) = run.arg(run.streamed());
+    assert_eq!((moved.read, moved.sector_read), (bytes, bytes), "{what}: {}", run.streamed());
     let (bytes, moved) = run.arg("x");
     let blocks = u64::from(run.work.grid[0]);
     assert_eq!((moved.read, moved.sector_read), (blocks * bytes, blocks * bytes), "{what}: x");
@@ -34,7 +34,7 @@ fn moves_each_once(run: &Counted) {
 
 #[test]
 fn splitk_streams_w_once_with_its_scales() {
-    for format in ["q4", "q8", "nf4", "nf4dq"] {
+    for format in ["q4", "q8", "nf4", "nf4dq", "bf16", "f16"] {
         for m in [1, 8, 16] {
             let run = count("qmatmul", format, "splitk", m);
             moves_each_once(&run);

@@ -70,7 +70,11 @@ const PLAIN_CASES: &[Case] = &[
     case_with(&[257, 65, 33, 65, 0, 0, 0], &[0.0], "many tokens, few columns"),
     case_with(&[16, 70, 1096, 70, 0, 1, 3], &[0.5], "16 rows, columns past two steps of 512"),
     case_with(&[161, 34, 1601, 34, 0, 0, 2], &[0.5], "more rows and columns than a core's cache holds in bf16 parts"),
-    case_with(&[130, 136, 200, 136, 0, 0, 0], &[0.0], "past tiles of 64 and 128, a quarter of a tile of columns left over"),
+    case_with(
+        &[130, 136, 200, 136, 0, 0, 0],
+        &[0.0],
+        "past tiles of 64 and 128, a quarter of a tile of columns left over",
+    ),
     case_with(&[66, 130, 328, 131, 1, 1, 20], &[0.5], "rank 20, part of a wider y, bias"),
     case_with(&[5, 384, 1536, 384, 0, 1, 0], &[0.0], "MiniLM's second feed-forward matrix"),
 ];

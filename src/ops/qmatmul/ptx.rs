@@ -19,7 +19,7 @@
 //! Products in f16 would keep the weight, but not x, which a model's activations beyond 65504 make infinite. `wgmma`
 //! decodes in bf16: level
 //! or scale, absmax or min and the weight are rounded, three roundings for each term in place of one, which fit as well.
-//! `splitk` rounds no weight in q4, where scales and mins multiply sums in f32; in nf4 it rounds the level alone, in q8
+//! `splitk` rounds no weight in q4 and bf16, where scales and mins multiply sums in f32; in nf4 it rounds the level alone, in q8
 //! the weight alone. That it adds eight sums in place of one changes nothing: they are parts of the same f32 sum, taken
 //! in the same order every time.
 //!
@@ -47,11 +47,13 @@ pub const KERNELS_F16: &[Kernel] = &[
     ptx!("qmatmul_f16_naive", row_by_columns, columns_fit),
     ptx!("qmatmul_f16_warp", sixteen_by_sixteen, rows_of_8_fit),
     tensor_cores(ptx!("qmatmul_f16_mma", tiles, tiles_of_8_fit)),
+    tensor_cores(ptx!("qmatmul_f16_splitk", strips_16bit, few_rows_16bit)),
 ];
 pub const KERNELS_BF16: &[Kernel] = &[
     ptx!("qmatmul_bf16_naive", row_by_columns, columns_fit),
     ptx!("qmatmul_bf16_warp", sixteen_by_sixteen, rows_of_8_fit),
     tensor_cores(ptx!("qmatmul_bf16_mma", tiles, tiles_of_8_fit)),
+    tensor_cores(ptx!("qmatmul_bf16_splitk", strips_16bit, few_rows_16bit)),
 ];
 pub const KERNELS_Q4: &[Kernel] = &[
     ptx!("qmatmul_q4_naive", row_by_columns, columns_fit),
@@ -194,6 +196,17 @@ fn few_rows_q4(d: &Dims, caps: &Caps) -> bool {
 /// No group is longer than a tile.
 fn few_rows_q8(d: &Dims, caps: &Caps) -> bool {
     d["G"] <= 512 && few_rows(d, caps, strips_q8)
+}
+
+/// 16-bit weights: one strip, and four tiles of 256 columns of it and of 8 or 16 rows of x.
+fn strips_16bit(d: &Dims) -> Launch {
+    let shared_bytes = (4 * 256 * 16 * (2 + d["M"].div_ceil(8))) as u32;
+    Launch { grid: [d["N"].div_ceil(16) as u32, 1, 1], block: [256, 1, 1], shared_bytes }
+}
+
+/// Rows of 16-bit weights and activations begin at multiples of 16 bytes.
+fn few_rows_16bit(d: &Dims, caps: &Caps) -> bool {
+    d["K"].is_multiple_of(8) && few_rows(d, caps, strips_16bit)
 }
 
 fn few_rows_nf4(d: &Dims, caps: &Caps) -> bool {

@@ -4,7 +4,7 @@
 //! | --- | --- | --- |
 //! | `naive` | one value of dx a thread | reading |
 //! | `tiled` | tiles of 64 x 128 values of dx, 8 x 8 a thread; W is decoded into shared memory | training in f32 |
-//! | `mma` | tensor cores; dy in bf16, W decoded to bf16 in registers, its scales staged once a tile | training |
+//! | `mma` | tensor cores; dy in bf16, W decoded to bf16 in registers, any scales staged once a tile | training |
 //!
 //! How much of the tolerance `mma` uses: as in `qmatmul`, one rounding of u = 2^-8 for each weight and N·2^-14·u, below
 //! sqrt(N)·u for N up to 2^28, for the sums in the tensor cores; decoding, the low-rank term and what dx held before
