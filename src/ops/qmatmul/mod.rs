@@ -77,6 +77,8 @@ const PLAIN_CASES: &[Case] = &[
         "past tiles of 64 and 128, a quarter of a tile of columns left over",
     ),
     case_with(&[66, 130, 328, 131, 1, 1, 20], &[0.5], "rank 20, part of a wider y, bias"),
+    case_with(&[130, 136, 192, 136, 0, 1, 0], &[0.0], "past tiles of 64 and 128, whole tiles of 64 columns, bias"),
+    case_with(&[66, 130, 832, 133, 3, 0, 20], &[0.5], "13 tiles of 64 columns, rank 20, part of a wider y"),
     case_with(&[5, 384, 1536, 384, 0, 1, 0], &[0.0], "MiniLM's second feed-forward matrix"),
 ];
 const Q4_CASES: &[Case] = &[

@@ -5,7 +5,7 @@
 //! | `naive` | one output a thread | reading |
 //! | `warp` | a warp streams two rows of W once past 16 rows of x, which lie in shared memory | few tokens |
 //! | `mma` | tensor cores; x in bf16, W decoded to bf16 in registers | many tokens |
-//! | `wgmma` | the same on warpgroups, codes brought by the copy engine | many tokens on compute capability 9.0 |
+//! | `wgmma` | the same on warpgroups, W brought by the copy engine | many tokens on compute capability 9.0 |
 //! | `wgmma64` | tiles of 64 rows of x in place of 128, of which 16, 32 or 64 are multiplied | up to 64 tokens there |
 //! | `splitk` | tensor cores on strips of 16 rows of W, the eight warps of a block split K | up to 16 tokens in bf16 |
 //!
@@ -13,15 +13,17 @@
 //! is decoded in f32 and rounded once, so each term x·w is off by at most u·|x·w|, and decoding, scale, bias and the
 //! low-rank term are f32 work, of 2^-24. The tensor cores add products exact in f32, each sum off by at most 2^-22
 //! (they may truncate where f32 rounds): K sums by K·2^-14·u, below sqrt(K)·u for K up to 2^28. So even when no two
-//! errors cancel, all of them fit in the sqrt(K + R) + 6 roundings of u that are allowed. A weight in bf16 is taken as it
-//! is, without a rounding. One in f16 is rounded to bf16 once, as a decoded one is, and so within the same bound: its 11
-//! bits become 8, and bf16 has f16's exponents and more, so that none overflows and none, subnormal or not, becomes 0.
-//! Products in f16 would keep the weight, but not x, which a model's activations beyond 65504 make infinite. `wgmma`
-//! decodes in bf16: level
+//! errors cancel, all of them fit in the sqrt(K + R) + 6 roundings of u that are allowed. `wgmma` decodes in bf16: level
 //! or scale, absmax or min and the weight are rounded, three roundings for each term in place of one, which fit as well.
-//! `splitk` rounds no weight in q4 and bf16, where scales and mins multiply sums in f32; in nf4 it rounds the level alone, in q8
+//! `splitk` rounds no weight in q4, where scales and mins multiply sums in f32; in nf4 it rounds the level alone, in q8
 //! the weight alone. That it adds eight sums in place of one changes nothing: they are parts of the same f32 sum, taken
 //! in the same order every time.
+//!
+//! Weights of 16 bits: one in bf16 is multiplied as it is, without a rounding. One in f16 is rounded to bf16, once, as a
+//! decoded one is by `mma`, and so within the same bound: 11 bits become 8, and no weight overflows or becomes 0, since
+//! the exponents of bf16 reach beyond f16's, subnormals included. Products in f16 would keep the weight instead of x,
+//! whose values beyond 65504, which models have, would be infinite; the weight as a sum of two bf16 would be exact for
+//! twice the products, where x has been rounded once already.
 //!
 //! Why `mma` is not given the scales' windows of `splitk`, with which scales come in whole sectors: two sectors of 128
 //! rows' scales and mins are 16 KiB, by which its three tiles of 64 rows of x no longer leave room for a second block
@@ -47,12 +49,14 @@ pub const KERNELS_F16: &[Kernel] = &[
     ptx!("qmatmul_f16_naive", row_by_columns, columns_fit),
     ptx!("qmatmul_f16_warp", sixteen_by_sixteen, rows_of_8_fit),
     tensor_cores(ptx!("qmatmul_f16_mma", tiles, tiles_of_8_fit)),
+    tensor_cores(ptx!("qmatmul_f16_wgmma", hopper_tiles_16bit, many_rows_hopper)),
     tensor_cores(ptx!("qmatmul_f16_splitk", strips_16bit, few_rows_16bit)),
 ];
 pub const KERNELS_BF16: &[Kernel] = &[
     ptx!("qmatmul_bf16_naive", row_by_columns, columns_fit),
     ptx!("qmatmul_bf16_warp", sixteen_by_sixteen, rows_of_8_fit),
     tensor_cores(ptx!("qmatmul_bf16_mma", tiles, tiles_of_8_fit)),
+    tensor_cores(ptx!("qmatmul_bf16_wgmma", hopper_tiles_16bit, many_rows_hopper)),
     tensor_cores(ptx!("qmatmul_bf16_splitk", strips_16bit, few_rows_16bit)),
 ];
 pub const KERNELS_Q4: &[Kernel] = &[
@@ -227,6 +231,12 @@ fn hopper_tiles(d: &Dims, rows: usize, codes: usize) -> Launch {
     Launch { grid, block: [384, 1, 1], shared_bytes }
 }
 
+/// 16-bit weights: six tiles of 64 columns of 128 rows of x and of W, whose rows lie 144 bytes apart, and 12 mbarriers.
+fn hopper_tiles_16bit(d: &Dims) -> Launch {
+    let grid = [d["M"].div_ceil(128) as u32, d["N"].div_ceil(128) as u32, 1];
+    Launch { grid, block: [384, 1, 1], shared_bytes: 6 * 128 * (128 + 144) + 12 * 8 }
+}
+
 /// Code for sm_90a runs on compute capability 9.0 and on no other.
 fn hopper(d: &Dims, caps: &Caps) -> bool {
     columns_fit(d, caps) && caps.sm == 90 && d["K"].is_multiple_of(64)
@@ -235,4 +245,9 @@ fn hopper(d: &Dims, caps: &Caps) -> bool {
 /// A step of 32 columns lies in one group.
 fn groups_of_32(d: &Dims, caps: &Caps) -> bool {
     hopper(d, caps) && d["G"].is_multiple_of(32)
+}
+
+/// For up to 64 rows of x half of what `wgmma` multiplies were zeros, and W's bytes take longer than `mma`'s products.
+fn many_rows_hopper(d: &Dims, caps: &Caps) -> bool {
+    d["M"] > 64 && hopper(d, caps)
 }
