@@ -155,6 +155,15 @@ fn mma_moves_each_tile_once_without_conflicts() {
     }
 }
 
+/// What src/ops/qmatmul/ptx.rs says of the way of 16-bit weights through shared memory.
+#[test]
+fn mma_of_16_bit_weights_takes_288_waves_a_tile() {
+    for format in ["bf16", "f16"] {
+        let waves = |k| count_of("qmatmul", format, "mma", [64, 128, k], &[]).counts.shared.waves;
+        assert_eq!(waves(1024) - waves(512), 288 * 512 / 32, "{format}");
+    }
+}
+
 #[test]
 fn wgmma_moves_each_tile_once_without_conflicts() {
     // Rows of x, and how many are multiplied at once.

@@ -1,4 +1,4 @@
-//! `qmatmul` in PTX, up to five rungs a format:
+//! `qmatmul` in PTX, up to six rungs a format:
 //!
 //! | variant | idea | for |
 //! | --- | --- | --- |
@@ -29,6 +29,11 @@
 //! rows' scales and mins are 16 KiB, by which its three tiles of 64 rows of x no longer leave room for a second block
 //! on compute capability 8.6 and 8.9. For more than 16 rows of x the tensor cores decide, and the sectors that it asks
 //! for again are in a cache by then; for up to 16 rows there is `splitk`.
+//!
+//! Why `mma` has tiles of 32 columns where weights have 16 bits, and of 64 where they have fewer: three of 64 columns
+//! would be 72 KiB, one block on compute capability 8.6 and 8.9; four of 32 are 48 KiB, two blocks there and three on 8.0.
+//! Such a tile's 262,144 multiply-adds take 288 waves through shared memory, 96 in and 192 out to the four warps, and 256
+//! cycles of 8.0's tensor cores, but 128 of 9.0's: for many rows there is `wgmma`, where four warps read x once.
 //!
 //! Why codes keep the order of rows, and are not laid out on upload so that 16 bytes are a lane's fragments. Counted in
 //! `splitk`, q4: a lane runs 178 instructions for its 32 weights of a tile at M = 1, 234 at M = 16. Packed codes would
