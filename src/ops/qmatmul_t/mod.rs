@@ -25,7 +25,7 @@ const PLAIN_DIMS: &[&str] = &["M", "N", "K", "LDY", "Y0", "R", "ACC"];
 const Q4_DIMS: &[&str] = &["M", "N", "K", "LDY", "Y0", "R", "ACC", "G", "WIDE"];
 const Q8_DIMS: &[&str] = &["M", "N", "K", "LDY", "Y0", "R", "ACC", "G", "WIDE", "AFFINE"];
 
-const DY: Arg = input("dy", ArgType::Act, &["M", "LDY"], Fill::Normal);
+const DY: Arg = input("dy", ArgType::Act, &["M", "LDY"], Fill::Columns);
 const DS: Arg = input("ds", ArgType::Is(Dtype::F32), &["M", "R"], Fill::Normal);
 const LORA_A: Arg = input("lora_a", ArgType::Is(Dtype::F32), &["R", "K"], Fill::Normal);
 const DX: Arg = inout("dx", ArgType::Is(Dtype::F32), &["M", "K"], Fill::Sum);
