@@ -89,6 +89,8 @@ pub enum Fill {
     Below(&'static str),
     /// Standard normal where the dim `ACC` is 1: what the launch adds to. Else poison: it must not be read.
     Sum,
+    /// Standard normal in columns Y0 to Y0 + N of `[M,LDY]`, NaN beside them: what is there must not be used.
+    Columns,
     /// What a function makes of the dims.
     With(fn(&Dims, &mut ChaCha8Rng) -> HostTensor),
 }

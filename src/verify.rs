@@ -59,6 +59,11 @@ fn fill_one(arg: &Arg, dims: &Dims, act: Dtype, rng: &mut ChaCha8Rng) -> HostTen
             tensor
         }
         Fill::Normal => HostTensor::from_f64(dtype, &shape, &(0..count).map(|_| normal(rng)).collect::<Vec<_>>()),
+        Fill::Columns => {
+            let columns = dims["Y0"]..dims["Y0"] + dims["N"];
+            let value = |i: usize| if columns.contains(&(i % dims["LDY"])) { normal(rng) } else { f64::NAN };
+            HostTensor::from_f64(dtype, &shape, &(0..count).map(value).collect::<Vec<_>>())
+        }
         Fill::Uniform(low, high) => {
             let values: Vec<f64> = (0..count).map(|_| low + (high - low) * rng.random::<f64>()).collect();
             HostTensor::from_f64(dtype, &shape, &values)

@@ -130,7 +130,7 @@ fn warp_streams_w_once_up_to_16_rows() {
 fn mma_moves_each_tile_once_without_conflicts() {
     // The op, its activations, its result, the length of its sums.
     for (op, input, output, sum) in [("qmatmul", "x", "y", K), ("qmatmul_t", "dy", "dx", N)] {
-        for format in ["q4", "q8", "nf4", "nf4dq"] {
+        for format in ["q4", "q8", "nf4", "nf4dq", "bf16", "f16"] {
             for m in [16, 128] {
                 let run = count(op, format, "mma", m);
                 let what = run.what();
@@ -141,6 +141,7 @@ fn mma_moves_each_tile_once_without_conflicts() {
                 for (name, times) in [(run.streamed(), rows), (input, columns)] {
                     let (bytes, moved) = run.arg(name);
                     assert_eq!((moved.read, moved.sector_read), (times * bytes, times * bytes), "{what}: {name}");
+                    assert_eq!(moved.distinct_read, bytes, "{what}: {name} of memory");
                 }
                 let (bytes, moved) = run.arg(output);
                 assert_eq!((moved.written, moved.sector_written), (bytes, bytes), "{what}: {output}");
@@ -154,19 +155,33 @@ fn mma_moves_each_tile_once_without_conflicts() {
     }
 }
 
+/// What src/ops/qmatmul/ptx.rs says of the way of 16-bit weights through shared memory.
+#[test]
+fn mma_of_16_bit_weights_takes_288_waves_a_tile() {
+    for format in ["bf16", "f16"] {
+        let waves = |k| count_of("qmatmul", format, "mma", [64, 128, k], &[]).counts.shared.waves;
+        assert_eq!(waves(1024) - waves(512), 288 * 512 / 32, "{format}");
+    }
+}
+
 #[test]
 fn wgmma_moves_each_tile_once_without_conflicts() {
     // Rows of x, and how many are multiplied at once.
     for (variant, m, tile) in [("wgmma", 256, 128), ("wgmma64", 16, 16), ("wgmma64", 17, 32), ("wgmma64", 64, 64)] {
-        for format in ["q4", "q8", "nf4", "nf4dq"] {
+        for format in ["q4", "q8", "nf4", "nf4dq", "bf16", "f16"] {
+            // 16-bit weights have no tiles of 64 rows.
+            if variant == "wgmma64" && ["bf16", "f16"].contains(&format) {
+                continue;
+            }
             let run = count("qmatmul", format, variant, m);
             let what = run.what();
             let (rows, columns) = (m.div_ceil(tile) as u64, N.div_ceil(128) as u64);
 
-            // A tile has 128 rows of W; beyond the last its own codes come again.
-            let (bytes, moved) = run.arg("codes");
-            let codes = rows * columns * 128 * bytes / N as u64;
-            assert_eq!((moved.read, moved.sector_read), (codes, codes), "{what}: codes");
+            // A tile has 128 rows of W; beyond the last its own bytes come again.
+            let (bytes, moved) = run.arg(run.streamed());
+            let asked = rows * columns * 128 * bytes / N as u64;
+            assert_eq!((moved.read, moved.sector_read), (asked, asked), "{what}: {}", run.streamed());
+            assert_eq!(moved.distinct_read, bytes, "{what}: {} of memory", run.streamed());
             let (bytes, moved) = run.arg("x");
             assert_eq!((moved.read, moved.sector_read), (columns * bytes, columns * bytes), "{what}: x");
             let (bytes, moved) = run.arg("y");

@@ -50,7 +50,8 @@ pub struct Linear {
 }
 
 /// Fewest rows for which tensor cores are worth a cast: below, streaming the weights takes all the time. From 8 rows on
-/// products in f32 take nearly three times the instructions of `splitk`, as tests/counts/qmatmul.rs counts.
+/// products in f32 take nearly three times the instructions of `splitk`, seven times with weights of 16 bits, as
+/// tests/counts/qmatmul.rs counts.
 const BF16_ROWS: usize = 8;
 
 /// The two factors of an adapter beside a projection: y = x·Wᵀ + bias + scale·(x·Aᵀ)·Bᵀ.

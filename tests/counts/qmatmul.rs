@@ -14,12 +14,12 @@ fn share_of_w(run: &Counted) -> f64 {
     sectors as f64 / least as f64
 }
 
-/// Codes and x once, y once; no bank conflicts, no products but those that are needed.
+/// Codes or weights and x once, y once; no bank conflicts, no products but those that are needed.
 fn moves_each_once(run: &Counted) {
     let what = run.what();
     let (m, n, k) = (run.dims["M"] as u64, run.dims["N"] as u64, run.dims["K"] as u64);
-    let (bytes, moved) = run.arg("codes");
-    assert_eq!((moved.read, moved.sector_read), (bytes, bytes), "{what}: codes");
+    let (bytes, moved) = run.arg(run.streamed());
+    assert_eq!((moved.read, moved.sector_read), (bytes, bytes), "{what}: {}", run.streamed());
     let (bytes, moved) = run.arg("x");
     let blocks = u64::from(run.work.grid[0]);
     assert_eq!((moved.read, moved.sector_read), (blocks * bytes, blocks * bytes), "{what}: x");
@@ -34,7 +34,7 @@ fn moves_each_once(run: &Counted) {
 
 #[test]
 fn splitk_streams_w_once_with_its_scales() {
-    for format in ["q4", "q8", "nf4", "nf4dq"] {
+    for format in ["q4", "q8", "nf4", "nf4dq", "bf16", "f16"] {
         for m in [1, 8, 16] {
             let run = count("qmatmul", format, "splitk", m);
             moves_each_once(&run);
@@ -109,13 +109,17 @@ fn splitk_runs_fewer_instructions_than_warp() {
         ("nf4", 1, 4096, 3.9),
         ("nf4", 16, 4096, 4.7),
         ("nf4dq", 16, 4096, 5.2),
+        ("bf16", 8, 1024, 2.1),
+        ("bf16", 16, 1024, 2.3),
+        ("f16", 16, 1024, 4.3),
     ] {
         let a_weight = instructions_a_weight(format, "splitk", m, n);
         assert!(a_weight < allowed, "qmatmul_{format}_splitk, M {m}, N {n}: {a_weight:.3} instructions a weight");
     }
-    // There every product is an instruction: 17 at 8 rows, from which on a model rounds x for it, 30 at 16.
-    for (m, times) in [(8, 2.8), (16, 4.0)] {
-        let [splitk, warp] = ["splitk", "warp"].map(|variant| instructions_a_weight("q4", variant, m, 1024));
-        assert!(times * splitk < warp, "M {m}: {splitk:.3} instructions a weight, {warp:.3} in warp");
+    // There every product is an instruction: 17 at 8 rows, from which on a model rounds x for it, 30 at 16. Weights of 16
+    // bits need no decoding in either.
+    for (format, m, times) in [("q4", 8, 2.8), ("q4", 16, 4.0), ("bf16", 8, 7.0), ("bf16", 16, 12.0)] {
+        let [splitk, warp] = ["splitk", "warp"].map(|variant| instructions_a_weight(format, variant, m, 1024));
+        assert!(times * splitk < warp, "{format}, M {m}: {splitk:.3} instructions a weight, {warp:.3} in warp");
     }
 }

@@ -5,7 +5,8 @@ use super::reference::Shape;
 use super::tiny::{adapter, batch, documents, ALL};
 use super::tiny_models::{self as tiny, Blocks, LLAMA};
 use super::{has_adapter, smollm2};
-use handmill::device;
+use handmill::device::profile::Profiled;
+use handmill::device::{self, Device};
 use handmill::model::adapter::Adapter;
 use handmill::model::checkpoint::Checkpoint;
 use handmill::model::llama::Llama;
@@ -15,6 +16,7 @@ use handmill::tensor::Dtype;
 use handmill::train::backward::{Dropout, Passes};
 use handmill::train::parameters::Parameters;
 use std::path::Path;
+use std::sync::Arc;
 
 /// A model and how it is loaded.
 struct Model<'a> {
@@ -25,8 +27,11 @@ struct Model<'a> {
 /// The loss and the gradients of a batch, added up over two passes of it, the second with other masks.
 fn gradients(model: &Model<'_>, device: &str, dropout: bool) -> (f64, Vec<f32>) {
     let options = LoadOptions { quant: model.quant, ..LoadOptions::default() };
-    let device = device::open(device).unwrap();
-    let mut llama = Llama::load(device, &Checkpoint::open(model.path).unwrap(), &options).unwrap();
+    gradients_on(model, device::open(device).unwrap(), &options, dropout)
+}
+
+fn gradients_on(model: &Model<'_>, device: Arc<dyn Device>, options: &LoadOptions, dropout: bool) -> (f64, Vec<f32>) {
+    let mut llama = Llama::load(device, &Checkpoint::open(model.path).unwrap(), options).unwrap();
     let start = adapter(&llama, &ALL, 5);
     let parameters = Parameters::new(&mut llama, &start).unwrap();
     let mut passes = Passes::new(&llama, &parameters, 20, 13, 1, dropout).unwrap();
@@ -82,6 +87,40 @@ fn gradients_on_an_adapter_are_those_of_the_cpu() {
 #[test]
 fn gradients_in_ptx_are_those_of_the_cpu() {
     check_all("ptx-sim");
+}
+
+#[test]
+fn plain_weights_meet_bf16_on_tensor_cores() {
+    let dir = tempfile::tempdir().unwrap();
+    // Rows of the head's dy begin at multiples of 16 bytes.
+    let shape = Shape { vocab: 104, ..LLAMA };
+    for (dtype, word) in [(Dtype::BF16, "bf16"), (Dtype::F16, "f16")] {
+        tiny::write_hf(dir.path(), &shape, &tiny::random(&shape, 13), dtype);
+        let model = Model { path: dir.path(), quant: None };
+        let [(exact_loss, exact), (loss, rounded)] = [false, true].map(|bf16| {
+            let device = Arc::new(Profiled::new(device::open("ptx-sim").unwrap()));
+            let options = LoadOptions { bf16, ..LoadOptions::default() };
+            let found = gradients_on(&model, device.clone(), &options, false);
+            // 20 tokens, of which 13 are predicted: the layers have more rows than `splitk` takes, the head has fewer.
+            let mut kernels: Vec<String> = device.take().into_iter().map(|(stem, _)| stem).collect();
+            kernels.retain(|stem| stem.starts_with("qmatmul"));
+            kernels.sort();
+            let expected = match bf16 {
+                false => ["qmatmul_@_warp", "qmatmul_t_@_tiled"].as_slice(),
+                true => &["qmatmul_@_mma", "qmatmul_@_splitk", "qmatmul_t_@_mma"],
+            };
+            assert_eq!(kernels, expected.iter().map(|stem| stem.replace('@', word)).collect::<Vec<_>>());
+            found
+        });
+        // x and dy are off by 0.8·2^-9 of themselves in the mean square, weights of f16 by as much: independently, so
+        // that a sum errs by sqrt(2)·0.8·2^-9 = 2.2e-3 of its usual size at most. A gradient has some 30 such products
+        // behind it: 1.2e-2 of its norm, and the loss, a mean of 13 logarithms, less. Rounding must also be seen, or it
+        // was not done.
+        let apart = apart(&rounded, &exact);
+        println!("{word}: loss off by {:e}, gradients by {apart:e} of their norm", loss / exact_loss - 1.0);
+        assert!((1e-4..1.2e-2).contains(&apart), "{word}: gradients are off by {apart:e} of their norm");
+        assert!((loss / exact_loss - 1.0).abs() < 1.2e-2, "{word}: loss {loss}, {exact_loss} with x in f32");
+    }
 }
 
 /// Layers of SmolLM2-135M, tokens of a text and those of them that are predicted: few, as the executor takes a third of

@@ -71,7 +71,16 @@ const PLAIN_CASES: &[Case] = &[
     case_with(&[1, 257, 576, 257, 0, 1, 0], &[0.0], "one token, odd rows"),
     case_with(&[257, 65, 33, 65, 0, 0, 0], &[0.0], "many tokens, few columns"),
     case_with(&[16, 70, 1096, 70, 0, 1, 3], &[0.5], "16 rows, columns past two steps of 512"),
+    case_with(&[9, 18, 2056, 18, 0, 0, 1], &[0.5], "one row past eight, columns past eight steps of 256"),
     case_with(&[161, 34, 1601, 34, 0, 0, 2], &[0.5], "more rows and columns than a core's cache holds in bf16 parts"),
+    case_with(
+        &[130, 136, 200, 136, 0, 0, 0],
+        &[0.0],
+        "past tiles of 64 and 128, a quarter of a tile of columns left over",
+    ),
+    case_with(&[66, 130, 328, 131, 1, 1, 20], &[0.5], "rank 20, part of a wider y, bias"),
+    case_with(&[130, 136, 192, 136, 0, 1, 0], &[0.0], "past tiles of 64 and 128, whole tiles of 64 columns, bias"),
+    case_with(&[66, 130, 832, 133, 3, 0, 20], &[0.5], "13 tiles of 64 columns, rank 20, part of a wider y"),
     case_with(&[5, 384, 1536, 384, 0, 1, 0], &[0.0], "MiniLM's second feed-forward matrix"),
 ];
 const Q4_CASES: &[Case] = &[

@@ -1,11 +1,11 @@
-//! `qmatmul` in PTX, up to five rungs a format:
+//! `qmatmul` in PTX, up to six rungs a format:
 //!
 //! | variant | idea | for |
 //! | --- | --- | --- |
 //! | `naive` | one output a thread | reading |
 //! | `warp` | a warp streams two rows of W once past 16 rows of x, which lie in shared memory | few tokens |
 //! | `mma` | tensor cores; x in bf16, W decoded to bf16 in registers | many tokens |
-//! | `wgmma` | the same on warpgroups, codes brought by the copy engine | many tokens on compute capability 9.0 |
+//! | `wgmma` | the same on warpgroups, W brought by the copy engine | many tokens on compute capability 9.0 |
 //! | `wgmma64` | tiles of 64 rows of x in place of 128, of which 16, 32 or 64 are multiplied | up to 64 tokens there |
 //! | `splitk` | tensor cores on strips of 16 rows of W, the eight warps of a block split K | up to 16 tokens in bf16 |
 //!
@@ -19,10 +19,21 @@
 //! the weight alone. That it adds eight sums in place of one changes nothing: they are parts of the same f32 sum, taken
 //! in the same order every time.
 //!
+//! Weights of 16 bits: one in bf16 is multiplied as it is, without a rounding. One in f16 is rounded to bf16, once, as a
+//! decoded one is by `mma`, and so within the same bound: 11 bits become 8, and no weight overflows or becomes 0, since
+//! the exponents of bf16 reach beyond f16's, subnormals included. Products in f16 would keep the weight instead of x,
+//! whose values beyond 65504, which models have, would be infinite; the weight as a sum of two bf16 would be exact for
+//! twice the products, where x has been rounded once already.
+//!
 //! Why `mma` is not given the scales' windows of `splitk`, with which scales come in whole sectors: two sectors of 128
 //! rows' scales and mins are 16 KiB, by which its three tiles of 64 rows of x no longer leave room for a second block
 //! on compute capability 8.6 and 8.9. For more than 16 rows of x the tensor cores decide, and the sectors that it asks
 //! for again are in a cache by then; for up to 16 rows there is `splitk`.
+//!
+//! Why `mma` has tiles of 32 columns where weights have 16 bits, and of 64 where they have fewer: three of 64 columns
+//! would be 72 KiB, one block on compute capability 8.6 and 8.9; four of 32 are 48 KiB, two blocks there and three on 8.0.
+//! Such a tile's 262,144 multiply-adds take 288 waves through shared memory, 96 in and 192 out to the four warps, and 256
+//! cycles of 8.0's tensor cores, but 128 of 9.0's: for many rows there is `wgmma`, where four warps read x once.
 //!
 //! Why codes keep the order of rows, and are not laid out on upload so that 16 bytes are a lane's fragments. Counted in
 //! `splitk`, q4: a lane runs 178 instructions for its 32 weights of a tile at M = 1, 234 at M = 16. Packed codes would
@@ -42,10 +53,16 @@ pub const KERNELS_F32: &[Kernel] = &[
 pub const KERNELS_F16: &[Kernel] = &[
     ptx!("qmatmul_f16_naive", row_by_columns, columns_fit),
     ptx!("qmatmul_f16_warp", sixteen_by_sixteen, rows_of_8_fit),
+    tensor_cores(ptx!("qmatmul_f16_mma", tiles, tiles_of_8_fit)),
+    tensor_cores(ptx!("qmatmul_f16_wgmma", hopper_tiles_16bit, many_rows_hopper)),
+    tensor_cores(ptx!("qmatmul_f16_splitk", strips_16bit, few_rows_16bit)),
 ];
 pub const KERNELS_BF16: &[Kernel] = &[
     ptx!("qmatmul_bf16_naive", row_by_columns, columns_fit),
     ptx!("qmatmul_bf16_warp", sixteen_by_sixteen, rows_of_8_fit),
+    tensor_cores(ptx!("qmatmul_bf16_mma", tiles, tiles_of_8_fit)),
+    tensor_cores(ptx!("qmatmul_bf16_wgmma", hopper_tiles_16bit, many_rows_hopper)),
+    tensor_cores(ptx!("qmatmul_bf16_splitk", strips_16bit, few_rows_16bit)),
 ];
 pub const KERNELS_Q4: &[Kernel] = &[
     ptx!("qmatmul_q4_naive", row_by_columns, columns_fit),
@@ -137,6 +154,11 @@ fn tiles(d: &Dims) -> Launch {
     Launch { grid: [d["M"].div_ceil(64) as u32, d["N"].div_ceil(128) as u32, 1], block: [128, 1, 1], shared_bytes: 0 }
 }
 
+/// Rows of 16-bit weights and activations begin at multiples of 16 bytes.
+fn tiles_of_8_fit(d: &Dims, caps: &Caps) -> bool {
+    columns_fit(d, caps) && d["K"].is_multiple_of(8)
+}
+
 /// Rows of 4-bit codes begin at multiples of 16 bytes: all but groups of 16 in odd number see to that.
 fn whole_vectors(d: &Dims, caps: &Caps) -> bool {
     columns_fit(d, caps) && d["K"].is_multiple_of(32)
@@ -185,6 +207,17 @@ fn few_rows_q8(d: &Dims, caps: &Caps) -> bool {
     d["G"] <= 512 && few_rows(d, caps, strips_q8)
 }
 
+/// 16-bit weights: one strip, and four tiles of 256 columns of it and of 8 or 16 rows of x.
+fn strips_16bit(d: &Dims) -> Launch {
+    let shared_bytes = (4 * 256 * 16 * (2 + d["M"].div_ceil(8))) as u32;
+    Launch { grid: [d["N"].div_ceil(16) as u32, 1, 1], block: [256, 1, 1], shared_bytes }
+}
+
+/// Rows of 16-bit weights and activations begin at multiples of 16 bytes.
+fn few_rows_16bit(d: &Dims, caps: &Caps) -> bool {
+    d["K"].is_multiple_of(8) && few_rows(d, caps, strips_16bit)
+}
+
 fn few_rows_nf4(d: &Dims, caps: &Caps) -> bool {
     few_rows(d, caps, strips_nf4)
 }
@@ -203,6 +236,12 @@ fn hopper_tiles(d: &Dims, rows: usize, codes: usize) -> Launch {
     Launch { grid, block: [384, 1, 1], shared_bytes }
 }
 
+/// 16-bit weights: six tiles of 64 columns of 128 rows of x and of W, whose rows lie 144 bytes apart, and 12 mbarriers.
+fn hopper_tiles_16bit(d: &Dims) -> Launch {
+    let grid = [d["M"].div_ceil(128) as u32, d["N"].div_ceil(128) as u32, 1];
+    Launch { grid, block: [384, 1, 1], shared_bytes: 6 * 128 * (128 + 144) + 12 * 8 }
+}
+
 /// Code for sm_90a runs on compute capability 9.0 and on no other.
 fn hopper(d: &Dims, caps: &Caps) -> bool {
     columns_fit(d, caps) && caps.sm == 90 && d["K"].is_multiple_of(64)
@@ -211,4 +250,9 @@ fn hopper(d: &Dims, caps: &Caps) -> bool {
 /// A step of 32 columns lies in one group.
 fn groups_of_32(d: &Dims, caps: &Caps) -> bool {
     hopper(d, caps) && d["G"].is_multiple_of(32)
+}
+
+/// For up to 64 rows of x half of what `wgmma` multiplies were zeros, and W's bytes take longer than `mma`'s products.
+fn many_rows_hopper(d: &Dims, caps: &Caps) -> bool {
+    d["M"] > 64 && hopper(d, caps)
 }

@@ -25,7 +25,7 @@ const PLAIN_DIMS: &[&str] = &["M", "N", "K", "LDY", "Y0", "R", "ACC"];
 const Q4_DIMS: &[&str] = &["M", "N", "K", "LDY", "Y0", "R", "ACC", "G", "WIDE"];
 const Q8_DIMS: &[&str] = &["M", "N", "K", "LDY", "Y0", "R", "ACC", "G", "WIDE", "AFFINE"];
 
-const DY: Arg = input("dy", ArgType::Act, &["M", "LDY"], Fill::Normal);
+const DY: Arg = input("dy", ArgType::Act, &["M", "LDY"], Fill::Columns);
 const DS: Arg = input("ds", ArgType::Is(Dtype::F32), &["M", "R"], Fill::Normal);
 const LORA_A: Arg = input("lora_a", ArgType::Is(Dtype::F32), &["R", "K"], Fill::Normal);
 const DX: Arg = inout("dx", ArgType::Is(Dtype::F32), &["M", "K"], Fill::Sum);
@@ -47,6 +47,8 @@ const PLAIN_CASES: &[Case] = &[
     case(&[33, 257, 384, 257, 0, 33, 0], "odd rank"),
     case(&[530, 34, 40, 34, 0, 2, 0], "more rows than are taken at once"),
     case(&[17, 64, 96, 72, 4, 20, 1], "whole chunks of 32, one row past 16, part of a wider dy, rank 20, added to dx"),
+    case(&[130, 136, 200, 152, 8, 0, 1], "past tiles of 64 and 128, part of a wider dy, added to dx"),
+    case(&[66, 67, 328, 72, 0, 20, 0], "rows of W past a tile, an odd number; rank 20"),
     case(&[5, 384, 1536, 384, 0, 0, 0], "MiniLM's second feed-forward matrix"),
 ];
 const Q4_CASES: &[Case] = &[

@@ -4,21 +4,27 @@
 //! | --- | --- | --- |
 //! | `naive` | one value of dx a thread | reading |
 //! | `tiled` | tiles of 64 x 128 values of dx, 8 x 8 a thread; W is decoded into shared memory | training in f32 |
-//! | `mma` | tensor cores; dy in bf16, W decoded to bf16 in registers, its scales staged once a tile | training |
+//! | `mma` | tensor cores; dy in bf16, W decoded to bf16 in registers, any scales staged once a tile | training |
 //!
 //! How much of the tolerance `mma` uses: as in `qmatmul`, one rounding of u = 2^-8 for each weight and N·2^-14·u, below
 //! sqrt(N)·u for N up to 2^28, for the sums in the tensor cores; decoding, the low-rank term and what dx held before
-//! are f32 work. So even when no two errors cancel, all fit in the sqrt(N + R) + 6 roundings of u that are allowed.
+//! are f32 work. A weight in bf16 is taken as it is; one in f16 is rounded to bf16 once. So even when no two errors cancel, all fit in the sqrt(N + R) + 6 roundings of u that are allowed.
 
 use crate::op::*;
 use crate::tensor::Dtype;
 
 pub const KERNELS_F32: &[Kernel] =
     &[ptx!("qmatmul_t_f32_naive", row_by_columns, columns_fit), ptx!("qmatmul_t_f32_tiled", tiles_f32, many_rows)];
-pub const KERNELS_F16: &[Kernel] =
-    &[ptx!("qmatmul_t_f16_naive", row_by_columns, columns_fit), ptx!("qmatmul_t_f16_tiled", tiles_f32, many_rows)];
-pub const KERNELS_BF16: &[Kernel] =
-    &[ptx!("qmatmul_t_bf16_naive", row_by_columns, columns_fit), ptx!("qmatmul_t_bf16_tiled", tiles_f32, many_rows)];
+pub const KERNELS_F16: &[Kernel] = &[
+    ptx!("qmatmul_t_f16_naive", row_by_columns, columns_fit),
+    ptx!("qmatmul_t_f16_tiled", tiles_f32, many_rows),
+    tensor_cores(ptx!("qmatmul_t_f16_mma", tiles_16bit, rows_of_8_fit)),
+];
+pub const KERNELS_BF16: &[Kernel] = &[
+    ptx!("qmatmul_t_bf16_naive", row_by_columns, columns_fit),
+    ptx!("qmatmul_t_bf16_tiled", tiles_f32, many_rows),
+    tensor_cores(ptx!("qmatmul_t_bf16_mma", tiles_16bit, rows_of_8_fit)),
+];
 pub const KERNELS_Q4: &[Kernel] = &[
     ptx!("qmatmul_t_q4_naive", row_by_columns, columns_fit),
     ptx!("qmatmul_t_q4_tiled", tiles_f32, many_rows),
@@ -72,6 +78,11 @@ fn tiles(d: &Dims, shared_bytes: u32) -> Launch {
     Launch { grid: [d["M"].div_ceil(64) as u32, d["K"].div_ceil(128) as u32, 1], block: [128, 1, 1], shared_bytes }
 }
 
+/// What the tiles need is in the kernel's own shared memory.
+fn tiles_16bit(d: &Dims) -> Launch {
+    tiles(d, 0)
+}
+
 /// Scales and mins of eight groups of 16 columns.
 fn tiles_q4(d: &Dims) -> Launch {
     tiles(d, 3 * (64 * 128 + 64 * 64) + 2 * 2 * 8 * 64 * 4)
@@ -90,6 +101,11 @@ fn tiles_nf4(d: &Dims) -> Launch {
 /// Rows of dy begin at multiples of 16 bytes; rows of codes do by their groups.
 fn rows_fit(d: &Dims, caps: &Caps) -> bool {
     columns_fit(d, caps) && d["LDY"].is_multiple_of(8) && d["Y0"].is_multiple_of(8)
+}
+
+/// Rows of 16-bit weights begin at multiples of 16 bytes too.
+fn rows_of_8_fit(d: &Dims, caps: &Caps) -> bool {
+    rows_fit(d, caps) && d["K"].is_multiple_of(8)
 }
 
 /// Rows of 4-bit codes begin at multiples of 16 bytes too: all but groups of 16 in odd number see to that.
