@@ -47,6 +47,9 @@ pub static LORA_BACKWARD: OpSpec = OpSpec {
         case_with(&[65, 257, 9, 257, 0, 0], &[2.0], "one past a power of two"),
         case_with(&[257, 7, 65, 7, 0, 1], &[2.0], "a rank beyond a vector, few columns"),
         case_with(&[33, 65, 16, 65, 0, 1], &[0.25], "rank 16"),
+        case_with(&[65, 132, 5, 140, 4, 1], &[0.5], "columns by fours, tails of tiles, a rank that is none of fours"),
+        case_with(&[70, 68, 12, 68, 0, 0], &[0.5], "ranks in two groups of eight"),
+        case_with(&[41, 36, 36, 48, 8, 1], &[0.5], "ranks beyond four groups of eight"),
         case_with(&[256, 576, 8, 576, 0, 1], &[2.0], "SmolLM2-135M, rank 8"),
     ],
     kernels: &[CPU, PTX, WGSL],
@@ -88,7 +91,10 @@ const CPU: &[Kernel] = &[
     rust("lora_backward_f32_blocked_avx2", |d, args| blocked(d, args, Simd::Avx2), has_avx2),
     rust("lora_backward_f32_blocked_avx512", |d, args| blocked(d, args, Simd::Avx512), has_avx512),
 ];
-const PTX: &[Kernel] = &[ptx!("lora_backward_f32_block", tokens_then_columns, always)];
+const PTX: &[Kernel] = &[
+    ptx!("lora_backward_f32_block", tokens_then_columns, always),
+    ptx!("lora_backward_f32_tiled", tokens_then_columns_by_32, in_tiles),
+];
 const WGSL: &[Kernel] = &[wgsl!("lora_backward_f32_workgroup", four_ranks_a_group, always)];
 
 const CPU_A: &[Kernel] = &[
@@ -116,10 +122,28 @@ fn tokens_then_columns(d: &Dims) -> Launch {
     Launch { grid: [blocks as u32, d["R"].div_ceil(8) as u32, 1], block: [256, 1, 1], shared_bytes: 0 }
 }
 
+/// Blocks of 128 threads, each 32 ranks of 32 tokens of dS, then of 32 columns of dB.
+fn tokens_then_columns_by_32(d: &Dims) -> Launch {
+    let blocks = d["M"].div_ceil(32) + d["N"].div_ceil(32);
+    Launch { grid: [blocks as u32, d["R"].div_ceil(32) as u32, 1], block: [128, 1, 1], shared_bytes: 0 }
+}
+
+/// Where four columns of dy lie in 16 bytes, and there are tokens for most lanes; `tiled` counts in i32, some tiles past
+/// the last row, and has a grid of ranks.
+fn in_tiles(d: &Dims, _: &Caps) -> bool {
+    let fours = ["N", "LDY", "Y0"].iter().all(|dim| d[dim].is_multiple_of(4));
+    fours && d["M"] >= 16 && d["M"].max(d["N"]) <= MOST_ROWS && d["R"].div_ceil(32) <= BLOCKS
+}
+
 /// Blocks of 256 threads, each eight ranks of 32 columns.
 fn columns_a_block(d: &Dims) -> Launch {
     Launch { grid: [d["K"].div_ceil(32) as u32, d["R"].div_ceil(8) as u32, 1], block: [256, 1, 1], shared_bytes: 0 }
 }
+
+/// Rows of a matrix that a kernel counts in i32, two tiles of 128 past the last.
+const MOST_ROWS: usize = i32::MAX as usize - 256;
+/// Blocks of a grid along its second axis.
+const BLOCKS: usize = 65_535;
 
 /// The definition in f64.
 fn oracle(d: &Dims, args: &[HostTensor]) -> Vec<Expected> {

@@ -1,0 +1,70 @@
+//! What the tiled rungs of an adapter's gradients move: dy twice, once for each gradient, and nothing in vain.
+
+use crate::{launched, Counted};
+use handmill::device::{ptx_sim::PtxSim, Device};
+use handmill::op::Source;
+use handmill::tensor::Dtype;
+
+fn run(op: &str, variant: &str, dims: &[(&str, usize)]) -> Counted {
+    let spec = handmill::ops::find(op, "f32");
+    let stem = format!("{op}_f32_{variant}");
+    let mut of_stem = spec.kernels().filter(|k| k.stem == stem);
+    let kernel = of_stem.find(|k| matches!(k.source, Source::Ptx(_))).expect("a kernel of the table in PTX");
+    let value = |name: &&str| dims.iter().find(|(dim, _)| dim == name).map_or(0, |(_, value)| *value);
+    let values: Vec<usize> = spec.dims.iter().map(value).collect();
+    launched(spec, kernel, spec.dims(&values, &vec![1.0; spec.scalars.len()]))
+}
+
+/// Bytes that an argument has, and that the second-level cache is asked for.
+fn of_l2(run: &Counted, name: &str) -> (u64, u64) {
+    let (bytes, count) = run.arg(name);
+    (bytes, count.missed + count.sector_written)
+}
+
+#[test]
+fn lora_backward_tiled_reads_dy_once_for_each_gradient_and_32_ranks() {
+    // Ranks, and the most instructions for a multiply-add.
+    for (r, instructions) in [(8, 1.85), (16, 1.6), (64, 1.5)] {
+        let (m, n) = (256, 576);
+        let run = run("lora_backward", "tiled", &[("M", m), ("N", n), ("LDY", n), ("R", r)]);
+        let (what, blocks) = (run.what(), r.div_ceil(32) as u64);
+        for (name, times) in
+            [("dy", 2 * blocks), ("lora_b", m as u64 / 32), ("lora_s", n as u64 / 32), ("ds", 1), ("db", 1)]
+        {
+            let (bytes, moved) = of_l2(&run, name);
+            assert_eq!(moved, times * bytes, "{what}: {name}");
+        }
+        let (bytes, moved) = run.arg("dy");
+        // Warps beside each other have other ranks of the same tokens: the first-level cache is asked for each.
+        let groups = (r as u64).div_ceil(8);
+        assert_eq!(moved.sector_read, 2 * groups * bytes, "{what}: dy, of the first-level cache");
+        assert_eq!(run.counts.shared.conflicts, 0, "{what}: waves lost to bank conflicts");
+        let a_product = run.counts.thread_instructions as f64 / (2 * m * n * r) as f64;
+        assert!(a_product < instructions, "{what}: {a_product:.3} instructions a multiply-add");
+    }
+}
+
+#[test]
+fn lora_backward_tiled_takes_columns_by_fours_and_rows_that_it_can_count() {
+    let spec = handmill::ops::find("lora_backward", "f32");
+    let device = PtxSim::new();
+    let taken =
+        |dims: &[usize]| spec.choose(&spec.dims(dims, &[1.0]), Dtype::F32, device.caps()).expect("a kernel").stem;
+    let (tiled, block) = ("lora_backward_f32_tiled", "lora_backward_f32_block");
+    let most = (1 << 31) - 257;
+    for (dims, stem) in [
+        ([16, 4, 1, 4, 0, 0], tiled),
+        ([15, 4, 1, 4, 0, 0], block),
+        ([16, 6, 1, 8, 0, 0], block),
+        ([16, 4, 1, 6, 0, 0], block),
+        ([16, 4, 1, 8, 2, 0], block),
+        ([most, 4, 1, 4, 0, 0], tiled),
+        ([most + 1, 4, 1, 4, 0, 0], block),
+        ([16, most - 3, 1, most - 3, 0, 0], tiled),
+        ([16, most + 1, 1, most + 1, 0, 0], block),
+        ([16, 4, 32 * 65_535, 4, 0, 0], tiled),
+        ([16, 4, 32 * 65_535 + 1, 4, 0, 0], block),
+    ] {
+        assert_eq!(taken(&dims), stem, "{dims:?}");
+    }
+}
