@@ -80,6 +80,9 @@ pub static LORA_BACKWARD_A: OpSpec = OpSpec {
         case(&[65, 257, 9, 0], "one past a power of two"),
         case(&[257, 7, 65, 1], "a rank beyond a vector, few columns"),
         case(&[33, 65, 16, 1], "rank 16"),
+        case(&[150, 36, 5, 1], "columns by fours, tails of tiles, a rank that is none of fours"),
+        case(&[70, 68, 12, 0], "ranks in two groups of eight"),
+        case(&[41, 36, 36, 1], "ranks beyond four groups of eight"),
         case(&[256, 1536, 8, 1], "SmolLM2-135M's down projection, rank 8"),
     ],
     kernels: &[CPU_A, PTX_A, WGSL_A],
@@ -103,7 +106,10 @@ const CPU_A: &[Kernel] = &[
     rust("lora_backward_a_f32_columns_avx2", |d, args| columns(d, args, Simd::Avx2), has_avx2),
     rust("lora_backward_a_f32_columns_avx512", |d, args| columns(d, args, Simd::Avx512), has_avx512),
 ];
-const PTX_A: &[Kernel] = &[ptx!("lora_backward_a_f32_block", columns_a_block, always)];
+const PTX_A: &[Kernel] = &[
+    ptx!("lora_backward_a_f32_block", columns_a_block, always),
+    ptx!("lora_backward_a_f32_tiled", columns_by_32, columns_in_tiles),
+];
 const WGSL_A: &[Kernel] = &[wgsl!("lora_backward_a_f32_columns", |d| four_ranks(d["K"].div_ceil(64), d, 0), always)];
 
 /// A group for each token's dS and for 64 rows of dB, with four words of workgroup memory an invocation.
@@ -138,6 +144,17 @@ fn in_tiles(d: &Dims, _: &Caps) -> bool {
 /// Blocks of 256 threads, each eight ranks of 32 columns.
 fn columns_a_block(d: &Dims) -> Launch {
     Launch { grid: [d["K"].div_ceil(32) as u32, d["R"].div_ceil(8) as u32, 1], block: [256, 1, 1], shared_bytes: 0 }
+}
+
+/// Blocks of 128 threads, each 32 ranks of 32 columns.
+fn columns_by_32(d: &Dims) -> Launch {
+    Launch { grid: [d["K"].div_ceil(32) as u32, d["R"].div_ceil(32) as u32, 1], block: [128, 1, 1], shared_bytes: 0 }
+}
+
+/// As [`in_tiles`], of x.
+fn columns_in_tiles(d: &Dims, _: &Caps) -> bool {
+    let counted = d["M"].max(d["K"]) <= MOST_ROWS && d["R"].div_ceil(32) <= BLOCKS;
+    d["K"].is_multiple_of(4) && d["M"] >= 16 && counted
 }
 
 /// Rows of a matrix that a kernel counts in i32, two tiles of 128 past the last.
