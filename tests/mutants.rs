@@ -42,6 +42,7 @@ const SHAPES: &[(&str, &[&[usize]])] = &[
     // Ranks by twos; tiles that end with M.
     ("lora_backward_a_f32", &[&[32, 36, 6, 0]]),
     ("lora_backward_f32", &[&[40, 36, 6, 36, 0, 0], &[32, 36, 32, 36, 0, 0]]),
+    ("lora_shrink_f32", &[&[40, 36, 6, 6, 0, 0], &[32, 64, 32, 32, 0, 0]]),
     ("qmatmul_bf16", &[&[2, 65, 40, 65, 0, 1, 40]]),
     ("qmatmul_f16", &[&[2, 65, 40, 65, 0, 1, 40]]),
     ("qmatmul_f32", &[&[2, 65, 40, 65, 0, 1, 40]]),

@@ -158,9 +158,9 @@ fn columns_in_tiles(d: &Dims, _: &Caps) -> bool {
 }
 
 /// Rows of a matrix that a kernel counts in i32, two tiles of 128 past the last.
-const MOST_ROWS: usize = i32::MAX as usize - 256;
+pub(super) const MOST_ROWS: usize = i32::MAX as usize - 256;
 /// Blocks of a grid along its second axis.
-const BLOCKS: usize = 65_535;
+pub(super) const BLOCKS: usize = 65_535;
 
 /// The definition in f64.
 fn oracle(d: &Dims, args: &[HostTensor]) -> Vec<Expected> {

@@ -1,4 +1,5 @@
-//! What the tiled rungs of an adapter's gradients move: dy twice, once for each gradient, and nothing in vain.
+//! What the tiled rungs of an adapter's first half and of its gradients move: dy once for each gradient, x once, and
+//! nothing in vain.
 
 use crate::{launched, Counted};
 use handmill::device::{ptx_sim::PtxSim, Device};
@@ -60,6 +61,22 @@ fn lora_backward_a_tiled_reads_x_once_for_32_ranks() {
     }
 }
 
+#[test]
+fn lora_shrink_tiled_reads_x_once_for_32_ranks() {
+    for (r, instructions) in [(8, 1.35), (16, 1.3), (64, 1.3)] {
+        let (m, k) = (256, 1536);
+        let run = run("lora_shrink", "tiled", &[("M", m), ("K", k), ("R", r), ("T", r)]);
+        let what = run.what();
+        for (name, times) in [("x", r.div_ceil(32) as u64), ("lora_a", m as u64 / 32), ("s", 1)] {
+            let (bytes, moved) = of_l2(&run, name);
+            assert_eq!(moved, times * bytes, "{what}: {name}");
+        }
+        assert_eq!(run.counts.shared.conflicts, 0, "{what}: waves lost to bank conflicts");
+        let a_product = run.counts.thread_instructions as f64 / (m * k * r) as f64;
+        assert!(a_product < instructions, "{what}: {a_product:.3} instructions a multiply-add");
+    }
+}
+
 /// The stem of the kernel that is taken for these dims.
 fn taken(op: &str, dims: &[usize]) -> &'static str {
     let (spec, device) = (handmill::ops::find(op, "f32"), PtxSim::new());
@@ -105,5 +122,24 @@ fn lora_backward_a_tiled_takes_columns_by_fours_and_rows_that_it_can_count() {
         ([16, 4, 32 * 65_535 + 1, 0], block),
     ] {
         assert_eq!(taken("lora_backward_a", &dims), stem, "{dims:?}");
+    }
+}
+
+#[test]
+fn lora_shrink_tiled_takes_one_adapter_and_columns_by_fours() {
+    let (tiled, warp) = ("lora_shrink_f32_tiled", "lora_shrink_f32_warp");
+    for (dims, stem) in [
+        ([16, 4, 1, 1, 0, 0], tiled),
+        ([16, 4, 1, 1, 1, 1], warp),
+        ([15, 4, 1, 1, 0, 0], warp),
+        ([16, 6, 1, 1, 0, 0], warp),
+        ([MOST, 4, 1, 1, 0, 0], tiled),
+        ([MOST + 1, 4, 1, 1, 0, 0], warp),
+        ([16, MOST - 3, 1, 1, 0, 0], tiled),
+        ([16, MOST + 1, 1, 1, 0, 0], warp),
+        ([16, 4, 32 * 65_535, 1, 0, 0], tiled),
+        ([16, 4, 32 * 65_535 + 1, 1, 0, 0], warp),
+    ] {
+        assert_eq!(taken("lora_shrink", &dims), stem, "{dims:?}");
     }
 }
