@@ -46,6 +46,18 @@ fn lora_backward_tiled_reads_dy_once_for_each_gradient_and_32_ranks() {
 }
 
 #[test]
+fn lora_backward_tiled_asks_the_second_cache_for_little_more_than_dy_twice() {
+    // The contract's least holds dy once. B comes for each 32 tokens and S for each 32 columns: 2 R/32 of dy's bytes, for
+    // each 32 ranks.
+    for (n, r, most) in [(576, 8, 2.4), (4096, 8, 2.4), (4096, 16, 2.8), (4096, 64, 5.5)] {
+        let run = run("lora_backward", "tiled", &[("M", 256), ("N", n), ("LDY", n), ("R", r)]);
+        let moved: u64 = run.spec.args.iter().map(|arg| of_l2(&run, arg.name).1).sum();
+        let times = moved as f64 / (run.spec.cost)(&run.dims).bytes as f64;
+        assert!(times < most, "{}: {times:.2} times the least", run.what());
+    }
+}
+
+#[test]
 fn lora_backward_a_tiled_reads_x_once_for_32_ranks() {
     for (r, instructions) in [(8, 1.7), (16, 1.5), (64, 1.4)] {
         let (m, k) = (256, 1536);
