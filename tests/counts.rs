@@ -5,6 +5,8 @@
 mod attention;
 #[path = "counts/ladder.rs"]
 mod ladder;
+#[path = "counts/lora.rs"]
+mod lora;
 #[path = "counts/nf4.rs"]
 mod nf4;
 #[path = "counts/qmatmul.rs"]

@@ -8,6 +8,29 @@
 //!
 //! Sums have one order: a kernel may cut M or N into parts, never by the number of its threads, and adds the parts in
 //! order, with no atomic additions. So a step gives the same bits every time.
+//!
+//! The floor of `lora_backward` is 4 (MN + 2MR + 2NR) bytes and 2 MNR multiply-adds; MB / millions of multiply-adds:
+//!
+//! | N | R | M = 1 | M = 64 | M = 256 | M = 2048 |
+//! | --- | --- | --- | --- | --- | --- |
+//! | 576 | 8 | 0.04 / 0.01 | 0.19 / 0.6 | 0.64 / 2.4 | 4.9 / 19 |
+//! | 576 | 64 | 0.30 / 0.07 | 0.48 / 4.7 | 1.0 / 19 | 6.1 / 151 |
+//! | 1536 | 8 | 0.11 / 0.02 | 0.50 / 1.6 | 1.7 / 6.3 | 13 / 50 |
+//! | 1536 | 64 | 0.79 / 0.20 | 1.2 / 13 | 2.5 / 50 | 14 / 403 |
+//! | 4096 | 8 | 0.28 / 0.07 | 1.3 / 4.2 | 4.5 / 17 | 34 / 134 |
+//! | 4096 | 16 | 0.54 / 0.13 | 1.6 / 8.4 | 4.8 / 34 | 34 / 268 |
+//! | 4096 | 64 | 2.1 / 0.52 | 3.2 / 34 | 6.4 / 134 | 37 / 1070 |
+//! | 14336 | 8 | 0.98 / 0.23 | 4.6 / 15 | 16 / 59 | 118 / 470 |
+//! | 14336 | 64 | 7.4 / 1.8 | 11 / 117 | 22 / 470 | 126 / 3760 |
+//!
+//! So there are R/2 multiply-adds a byte where M and N are large, half as many in `lora_backward_a`. An A100 does 4.8 a
+//! byte from DRAM (9.7 T/s, 2.0 TB/s), an H100 10 (33 T/s, 3.35 TB/s): rank 8 is bound by bytes on both, rank 16 only on
+//! the second, rank 64 by f32 arithmetic. Tensor cores would round the factors to TF32's 11 bits, which the tolerance of
+//! an adapter's gradients does not leave room for.
+//!
+//! Kernels of a grid read dy once for each gradient: whoever sums dS over N and dB over M from one tile of dy holds parts
+//! of one of them for other blocks, and there is no memory to put them. The second time dy comes from the second-level
+//! cache as long as it fits: up to N = 6000 at M = 2048 and 50 MB; beyond, as at N = 14336, from memory again.
 
 use super::vector::{for_simd, Body, Vector};
 use super::{simd, skinny};
@@ -47,6 +70,9 @@ pub static LORA_BACKWARD: OpSpec = OpSpec {
         case_with(&[65, 257, 9, 257, 0, 0], &[2.0], "one past a power of two"),
         case_with(&[257, 7, 65, 7, 0, 1], &[2.0], "a rank beyond a vector, few columns"),
         case_with(&[33, 65, 16, 65, 0, 1], &[0.25], "rank 16"),
+        case_with(&[65, 132, 5, 140, 4, 1], &[0.5], "columns by fours, tails of tiles, a rank that is none of fours"),
+        case_with(&[70, 68, 12, 68, 0, 0], &[0.5], "ranks in two groups of eight"),
+        case_with(&[41, 36, 36, 48, 8, 1], &[0.5], "ranks beyond four groups of eight"),
         case_with(&[256, 576, 8, 576, 0, 1], &[2.0], "SmolLM2-135M, rank 8"),
     ],
     kernels: &[CPU, PTX, WGSL],
@@ -77,6 +103,9 @@ pub static LORA_BACKWARD_A: OpSpec = OpSpec {
         case(&[65, 257, 9, 0], "one past a power of two"),
         case(&[257, 7, 65, 1], "a rank beyond a vector, few columns"),
         case(&[33, 65, 16, 1], "rank 16"),
+        case(&[150, 36, 5, 1], "columns by fours, tails of tiles, a rank that is none of fours"),
+        case(&[70, 68, 12, 0], "ranks in two groups of eight"),
+        case(&[41, 36, 36, 1], "ranks beyond four groups of eight"),
         case(&[256, 1536, 8, 1], "SmolLM2-135M's down projection, rank 8"),
     ],
     kernels: &[CPU_A, PTX_A, WGSL_A],
@@ -88,7 +117,10 @@ const CPU: &[Kernel] = &[
     rust("lora_backward_f32_blocked_avx2", |d, args| blocked(d, args, Simd::Avx2), has_avx2),
     rust("lora_backward_f32_blocked_avx512", |d, args| blocked(d, args, Simd::Avx512), has_avx512),
 ];
-const PTX: &[Kernel] = &[ptx!("lora_backward_f32_block", tokens_then_columns, always)];
+const PTX: &[Kernel] = &[
+    ptx!("lora_backward_f32_block", tokens_then_columns, always),
+    ptx!("lora_backward_f32_tiled", tokens_then_columns_by_32, in_tiles),
+];
 const WGSL: &[Kernel] = &[wgsl!("lora_backward_f32_workgroup", four_ranks_a_group, always)];
 
 const CPU_A: &[Kernel] = &[
@@ -97,7 +129,10 @@ const CPU_A: &[Kernel] = &[
     rust("lora_backward_a_f32_columns_avx2", |d, args| columns(d, args, Simd::Avx2), has_avx2),
     rust("lora_backward_a_f32_columns_avx512", |d, args| columns(d, args, Simd::Avx512), has_avx512),
 ];
-const PTX_A: &[Kernel] = &[ptx!("lora_backward_a_f32_block", columns_a_block, always)];
+const PTX_A: &[Kernel] = &[
+    ptx!("lora_backward_a_f32_block", columns_a_block, always),
+    ptx!("lora_backward_a_f32_tiled", columns_by_32, columns_in_tiles),
+];
 const WGSL_A: &[Kernel] = &[wgsl!("lora_backward_a_f32_columns", |d| four_ranks(d["K"].div_ceil(64), d, 0), always)];
 
 /// A group for each token's dS and for 64 rows of dB, with four words of workgroup memory an invocation.
@@ -116,10 +151,39 @@ fn tokens_then_columns(d: &Dims) -> Launch {
     Launch { grid: [blocks as u32, d["R"].div_ceil(8) as u32, 1], block: [256, 1, 1], shared_bytes: 0 }
 }
 
+/// Blocks of 128 threads, each 32 ranks of 32 tokens of dS, then of 32 columns of dB.
+fn tokens_then_columns_by_32(d: &Dims) -> Launch {
+    let blocks = d["M"].div_ceil(32) + d["N"].div_ceil(32);
+    Launch { grid: [blocks as u32, d["R"].div_ceil(32) as u32, 1], block: [128, 1, 1], shared_bytes: 0 }
+}
+
+/// Where four columns of dy lie in 16 bytes, and there are tokens for most lanes; `tiled` counts in i32, some tiles past
+/// the last row, and has a grid of ranks.
+fn in_tiles(d: &Dims, _: &Caps) -> bool {
+    let fours = ["N", "LDY", "Y0"].iter().all(|dim| d[dim].is_multiple_of(4));
+    fours && d["M"] >= 16 && d["M"].max(d["N"]) <= MOST_ROWS && d["R"].div_ceil(32) <= BLOCKS
+}
+
 /// Blocks of 256 threads, each eight ranks of 32 columns.
 fn columns_a_block(d: &Dims) -> Launch {
     Launch { grid: [d["K"].div_ceil(32) as u32, d["R"].div_ceil(8) as u32, 1], block: [256, 1, 1], shared_bytes: 0 }
 }
+
+/// Blocks of 128 threads, each 32 ranks of 32 columns.
+fn columns_by_32(d: &Dims) -> Launch {
+    Launch { grid: [d["K"].div_ceil(32) as u32, d["R"].div_ceil(32) as u32, 1], block: [128, 1, 1], shared_bytes: 0 }
+}
+
+/// As [`in_tiles`], of x.
+fn columns_in_tiles(d: &Dims, _: &Caps) -> bool {
+    let counted = d["M"].max(d["K"]) <= MOST_ROWS && d["R"].div_ceil(32) <= BLOCKS;
+    d["K"].is_multiple_of(4) && d["M"] >= 16 && counted
+}
+
+/// Rows of a matrix that a kernel counts in i32, two tiles of 128 past the last.
+pub(super) const MOST_ROWS: usize = i32::MAX as usize - 256;
+/// Blocks of a grid along its second axis.
+pub(super) const BLOCKS: usize = 65_535;
 
 /// The definition in f64.
 fn oracle(d: &Dims, args: &[HostTensor]) -> Vec<Expected> {

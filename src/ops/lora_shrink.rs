@@ -6,6 +6,7 @@
 //! are rows `rows[l,0]..rows[l,1]` of A, at most R of them, `rows[l,1]` ≤ T; token m uses adapter `adapter[m]`. Columns
 //! of S past an adapter's rank are zero, and so is the whole row where `adapter[m]` is −1 or no index below L.
 
+use super::lora_backward::{BLOCKS, MOST_ROWS};
 use super::skinny::{self, Rows};
 use super::vector::{for_simd, Body, Vector};
 use crate::op::*;
@@ -47,6 +48,9 @@ pub static LORA_SHRINK: OpSpec = OpSpec {
         case(&[65, 65, 8, 1, 1, 1], "one adapter of rank 1 in a batch made for 8"),
         case(&[257, 33, 65, 65, 0, 0], "a rank beyond a vector"),
         case(&[5, 1536, 16, 64, 4, 1], "four adapters of rank 16, down projection"),
+        case(&[65, 132, 5, 5, 0, 0], "columns by fours, tails of tiles, a rank that is none of fours"),
+        case(&[70, 68, 12, 12, 0, 0], "ranks in two groups of eight"),
+        case(&[41, 36, 36, 36, 0, 0], "ranks beyond four groups of eight"),
         case(&[256, 576, 8, 8, 0, 0], "SmolLM2-135M, rank 8"),
     ],
     kernels: &[CPU, PTX, WGSL],
@@ -59,11 +63,25 @@ const CPU: &[Kernel] = &[
     rust("lora_shrink_f32_rows_avx512", |d, args| rows(d, args, Simd::Avx512), has_avx512),
 ];
 
-const PTX: &[Kernel] = &[ptx!("lora_shrink_f32_warp", four_tokens_a_block, always)];
+const PTX: &[Kernel] = &[
+    ptx!("lora_shrink_f32_warp", four_tokens_a_block, always),
+    ptx!("lora_shrink_f32_tiled", tokens_by_32, one_adapter_in_tiles),
+];
 
 /// A block of 128 threads holds four warps, each warp a token and eight ranks.
 fn four_tokens_a_block(d: &Dims) -> Launch {
     Launch { grid: [d["M"].div_ceil(4) as u32, d["R"].div_ceil(8) as u32, 1], block: [128, 1, 1], shared_bytes: 0 }
+}
+
+/// Blocks of 128 threads, each 32 ranks of 32 tokens.
+fn tokens_by_32(d: &Dims) -> Launch {
+    Launch { grid: [d["M"].div_ceil(32) as u32, d["R"].div_ceil(32) as u32, 1], block: [128, 1, 1], shared_bytes: 0 }
+}
+
+/// Where four columns of x and A lie in 16 bytes, all tokens have the same adapter, and there are some for most lanes.
+fn one_adapter_in_tiles(d: &Dims, _: &Caps) -> bool {
+    let counted = d["M"].max(d["K"]) <= MOST_ROWS && d["R"].div_ceil(32) <= BLOCKS;
+    d["IDS"] == 0 && d["K"].is_multiple_of(4) && d["M"] >= 16 && counted
 }
 
 const WGSL: &[Kernel] = &[wgsl!("lora_shrink_f32_workgroup", four_ranks_a_group, always)];
@@ -73,10 +91,10 @@ fn four_ranks_a_group(d: &Dims) -> Launch {
     Launch { grid: [d["M"] as u32, d["R"].div_ceil(4) as u32, 1], block: [64, 1, 1], shared_bytes: 1024 }
 }
 
-/// Indices of adapters, −1 among them.
+/// Indices of adapters, −1 and one past the last among them.
 fn adapters(d: &Dims, rng: &mut ChaCha8Rng) -> HostTensor {
     let count = d["IDS"] * d["M"];
-    let ids: Vec<i32> = (0..count).map(|_| rng.random_range(-1..d["L"] as i32)).collect();
+    let ids: Vec<i32> = (0..count).map(|_| rng.random_range(-1..=d["L"] as i32)).collect();
     HostTensor::from_slice(Dtype::I32, &[count], &ids)
 }
 
