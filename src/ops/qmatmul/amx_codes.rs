@@ -86,13 +86,10 @@ struct Work<'a, C> {
     unit: usize,
 }
 
-/// Groups of a multiple of 32 columns. Any number of rows, but `rows` is faster for the fewest: on 1536×576 with one
-/// thread it takes 0.85 of the time for a row of q4, 0.6 for one of nf4 and of q8; then 1.8, 1.2 and 0.8 for four.
+/// Groups of a multiple of 32 columns. Any number of rows, but for one or two other rungs are faster: on 1536×576 with
+/// one thread `vnni` takes 0.55 of the time for a row of q4, 0.45 for one of q8; `rows` 0.6 for one of nf4.
 pub fn supports(d: &Dims, caps: &Caps) -> bool {
-    let few = if d.get("AFFINE").is_some() { 4 } else { 2 };
-    caps.simd >= Simd::Amx
-        && d.get("G").is_none_or(|group| group % DEPTH == 0)
-        && (d["M"] > few || caps.batch_invariant)
+    caps.simd >= Simd::Amx && d.get("G").is_none_or(|group| group % DEPTH == 0) && (d["M"] > 2 || caps.batch_invariant)
 }
 
 /// The launch.

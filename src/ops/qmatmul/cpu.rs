@@ -249,17 +249,17 @@ fn rows(word: &str, simd: Simd, d: &Dims, args: &mut [Slice<'_>]) {
     }
 }
 
-/// How many rows of W a task takes: many more tasks than threads, so that a thread that is held up leaves its share to
-/// the others, and whole blocks of scales.
-pub(super) fn rows_of_part(a: &Args<'_>) -> usize {
+/// How many rows of W a task takes: several tasks a thread, so that one that is held up leaves its share to the others,
+/// and whole blocks of scales.
+pub(super) fn rows_of_part(a: &Args<'_>, tasks: usize) -> usize {
     let split = a.m * a.n * a.k >= SERIAL;
-    let parts = if split { 16 * rayon::current_num_threads() } else { 1 };
+    let parts = if split { tasks * rayon::current_num_threads() } else { 1 };
     a.n.div_ceil(parts).next_multiple_of(SCALE_ROWS)
 }
 
 /// Divides the rows of W among the threads.
 fn stream(simd: Simd, a: &Args<'_>, x: &Prepared, row: impl RowDot) {
-    let per_part = rows_of_part(a);
+    let per_part = rows_of_part(a, 16);
     team::run(a.n.div_ceil(per_part), &|part| {
         let rows = part * per_part..((part + 1) * per_part).min(a.n);
         for_simd(simd, Stream { a, x, row, rows });
