@@ -92,13 +92,20 @@ impl Error {
     }
 }
 
-/// Text from a file, made fit for one line of a message: at most 96 characters, control characters escaped.
+/// Text from a file, made fit for one line of a message: at most 96 characters, control characters escaped; quotation
+/// marks, which end nothing there, stay.
 pub fn quote(text: &str) -> String {
     shorten(text, 96)
 }
 
 fn shorten(text: &str, max: usize) -> String {
-    let mut short: String = text.chars().take(max).flat_map(char::escape_debug).collect();
+    let mut short = String::new();
+    for c in text.chars().take(max) {
+        match c {
+            '\'' | '"' => short.push(c),
+            c => short.extend(c.escape_debug()),
+        }
+    }
     if text.chars().nth(max).is_some() {
         short.push_str("...");
     }

@@ -204,7 +204,7 @@ impl Registry {
             _ => tree.clone(),
         };
         if !in_place {
-            files::tree(&self.dir, &tree, &found)?;
+            files::tree(&self.dir, &tree, &found, true)?;
         }
         let identity = match (new.kind, known) {
             (Kind::Adapter, _) => {
@@ -316,7 +316,7 @@ impl Registry {
         if !files::is_hash(&entry.tree) {
             return Err(self.database.wrong(format!("{} has no tree", entry.reference())));
         }
-        let tree = files::tree(&self.dir, &entry.tree, &found)?;
+        let tree = files::tree(&self.dir, &entry.tree, &found, false)?;
         match (&found[..], entry.directory) {
             ([file], false) => Ok(tree.join(&file.path)),
             _ => Ok(tree),

@@ -185,7 +185,7 @@ fn a_flipped_byte_is_found_with_its_file_and_entry() {
     assert_eq!(place.json(&["registry", "verify"])["entries"], 3);
     for entry in ["rows", "support"] {
         let shown = place.json(&["registry", "show", entry]);
-        for file in shown["files"].as_array().unwrap() {
+        for (before, file) in shown["files"].as_array().unwrap().iter().enumerate() {
             let hash = file["sha256"].as_str().unwrap();
             let blob = place.registry().join("blobs").join(&hash[..2]).join(hash);
             let whole = fs::read(&blob).unwrap();
@@ -199,15 +199,56 @@ fn a_flipped_byte_is_found_with_its_file_and_entry() {
             fs::write(&blob, flipped).unwrap();
             let run = place.run(&["registry", "verify", "--json"]);
             let damage = &run.object()["damage"];
-            assert_eq!((run.code, damage.as_array().unwrap().len()), (1, 1), "{damage}");
-            assert!(damage[0]["entry"].as_str().unwrap().starts_with(entry), "{damage}");
-            assert!(damage[0]["file"].as_str().unwrap().contains(hash), "{damage}");
+            let found = damage.as_array().unwrap();
+            assert_eq!((run.code, found.len()), (1, before + 1), "{damage}");
+            assert!(found.iter().all(|one| one["entry"].as_str().unwrap().starts_with(entry)), "{damage}");
+            assert!(found.iter().any(|one| one["file"].as_str().unwrap().contains(hash)), "{damage}");
             let error = place.fails(&["registry", "export", entry, str(&place.path(&format!("out-{hash}")))]);
             assert!(error.contains("damaged"), "{error}");
-            fs::write(&blob, whole).unwrap();
+        }
+        // Registered anew, as `verify` advises, it is whole again, where it is used too.
+        let source = place.path(if entry == "rows" { "rows.jsonl" } else { "one" });
+        let again = place.json(&["registry", "add", entry, str(&source)]);
+        assert_eq!((&again["version"], &again["added"]), (&1.into(), &false.into()));
+        assert_eq!(place.json(&["registry", "verify"])["damage"], serde_json::json!([]));
+        let used = PathBuf::from(shown["path"].as_str().unwrap());
+        for file in shown["files"].as_array().unwrap() {
+            let name = file["path"].as_str().unwrap();
+            let [used, source] = [&used, &source].map(|at| if at.is_dir() { at.join(name) } else { at.clone() });
+            assert_eq!(fs::read(used).unwrap(), fs::read(source).unwrap());
         }
     }
-    assert_eq!(place.run(&["registry", "verify"]).code, 0);
+}
+
+#[test]
+fn a_rollback_finds_the_version_before_across_gaps() {
+    let place = Place::new();
+    for version in 1..=3 {
+        let rows = place.file("rows.jsonl", &format!("{{\"text\":\"{version}\"}}\n"));
+        place.json(&["registry", "add", "rows", str(&rows)]);
+    }
+    let point = |version: i64| place.json(&["registry", "alias", &format!("rows@{version}"), "champion"]);
+    let back = || {
+        let object = place.json(&["rollback", "rows"]);
+        (object["version"].as_i64().unwrap(), object["from"].as_i64())
+    };
+    assert!(place.fails(&["rollback", "rows"]).contains("no version was promoted yet"));
+    [1, 2, 3].map(point);
+    // Taken away, it comes back as it was; then the one before it, and the one before that.
+    place.json(&["registry", "alias", "rows", "champion", "--delete"]);
+    assert_eq!(back(), (3, None));
+    assert_eq!(back(), (2, Some(3)));
+    assert_eq!(back(), (1, Some(2)));
+    assert!(place.fails(&["rollback", "rows"]).contains("no way back"));
+    // Across a time without one.
+    place.json(&["registry", "alias", "rows", "champion", "--delete"]);
+    point(3);
+    assert_eq!(back(), (1, Some(3)));
+    // The version before is gone: the one before that is named.
+    [2, 3].map(point);
+    place.json(&["registry", "remove", "rows@2"]);
+    let error = place.fails(&["rollback", "rows"]);
+    assert!(error.contains("removed since") && error.contains("registry alias rows@1 champion"), "{error}");
 }
 
 #[test]
