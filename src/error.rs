@@ -78,7 +78,8 @@ impl Error {
             Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
                 "is being changed by another program: try again".into()
             }
-            Some(ErrorCode::CannotOpen | ErrorCode::ReadOnly | ErrorCode::PermissionDenied) => {
+            Some(ErrorCode::ReadOnly) => format!("cannot be written ({said}): check its permissions"),
+            Some(ErrorCode::CannotOpen | ErrorCode::PermissionDenied) => {
                 format!("cannot be opened ({said}): check its permissions")
             }
             _ => format!("is damaged ({said}): {mend}"),

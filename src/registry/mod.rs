@@ -129,7 +129,10 @@ impl Registry {
     /// Holds off, until dropped, those who take bytes out; `alone` also those who bring bytes in. Waits for them.
     fn lock(&self, alone: bool) -> Result<File, Error> {
         let path = self.dir.join(".lock");
-        let file = File::options().create(true).append(true).open(&path).map_err(|cause| Error::io(&path, cause))?;
+        let file = File::options().create(true).append(true).open(&path);
+        // Where nothing may be written, bytes can still be held on to.
+        let file = if alone { file } else { file.or_else(|cause| File::open(&path).map_err(|_| cause)) };
+        let file = file.map_err(|cause| Error::io(&path, cause))?;
         let held = if alone { file.lock() } else { file.lock_shared() };
         held.map_err(|cause| Error::io(&path, cause))?;
         Ok(file)

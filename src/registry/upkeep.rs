@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::entries::{Entry, New, Source};
 use super::{files, names, Kind, Registry};
-use crate::aside::Aside;
+use crate::aside::{self, Aside};
 use crate::error::Error;
 use crate::retrieve::index::Index;
 use crate::train::run;
@@ -195,7 +195,7 @@ impl Registry {
             let what = format!("{} is an index, registered in place: copy its directory", entry.reference());
             return Err(Error::Request(what));
         }
-        fs::create_dir_all(out).map_err(|cause| Error::io(out, cause))?;
+        aside::folder(out)?;
         if !entries_of(out)?.is_empty() {
             return Err(Error::file(out, "is not empty: name a new directory"));
         }

@@ -251,6 +251,64 @@ fn a_rollback_finds_the_version_before_across_gaps() {
     assert!(error.contains("removed since") && error.contains("registry alias rows@1 champion"), "{error}");
 }
 
+#[cfg(unix)]
+#[test]
+fn a_registry_that_cannot_be_written_can_be_used() {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::process::CommandExt;
+    let place = Place::new();
+    place.json(&["registry", "add", "tiny", str(model()), "--alias", "champion"]);
+    let text = place.file("text.txt", "the mill stands at the river, in the north.");
+    // Root may write anywhere: then it is tried as someone else, who must come by the program.
+    let program = place.path("handmill");
+    fs::copy(env!("CARGO_BIN_EXE_handmill"), &program).unwrap();
+    fs::set_permissions(place.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let mode = |bits: u32| {
+        let mut paths = vec![place.registry()];
+        while let Some(path) = paths.pop() {
+            // Files too: a linked one has the mode of what was registered, which may be its owner's alone.
+            let (folder, set) = (path.is_dir(), |bits| fs::set_permissions(&path, fs::Permissions::from_mode(bits)));
+            if folder {
+                set(bits | 0o200).unwrap();
+                paths.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+            }
+            set(if folder { bits } else { bits & 0o666 }).unwrap();
+        }
+    };
+    mode(0o555);
+    let root = fs::write(place.registry().join("probe"), "").is_ok();
+    let run = |args: &[&str]| {
+        let mut command = Command::new(&program);
+        command.args(args).env("HANDMILL_REGISTRY", place.registry()).current_dir(place.dir.path());
+        if root {
+            command.uid(65534).gid(65534);
+        }
+        let output = command.output().unwrap();
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        (output.status.code(), text(output.stdout), text(output.stderr))
+    };
+    let (code, listed, error) = run(&["registry", "list"]);
+    assert!(code == Some(0) && listed.contains("tiny@1"), "{error}");
+    let (code, told, error) = run(&["registry", "verify"]);
+    assert!(code == Some(0), "{told}{error}");
+    // What was asked for is done, and that no record is kept is said.
+    let eval = ["eval", "--model", "tiny@champion", "--text", str(&text), "--device", "cpu", "--json"];
+    let (code, figures, error) = run(&eval);
+    assert!(code == Some(0) && figures.contains("mean_nll") && error.contains("not recorded: "), "{error}");
+    // What would change it is refused in words.
+    for args in [
+        &["registry", "tag", "tiny", "a=b"][..],
+        &["registry", "gc"],
+        &["registry", "add", "rows", str(&text), "--kind", "dataset"],
+        &[&eval[..], &["--register", "x"]].concat(),
+    ] {
+        let (code, _, error) = run(args);
+        assert!(code == Some(1) && error.contains(str(&place.registry())), "{args:?}: {error}");
+    }
+    mode(0o755);
+    assert_eq!(place.run(&["registry", "verify"]).code, 0);
+}
+
 #[test]
 fn models_on_the_machine_are_found_and_stay_where_they_are() {
     let place = Place::new();
