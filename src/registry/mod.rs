@@ -8,13 +8,15 @@
 //! .lock              shared by those who bring bytes in, held alone by who takes them out
 //! ```
 //!
-//! Read in this order: [`names`], [`files`], [`database`], [`entries`] (what is kept and how it is found), [`aliases`],
-//! [`upkeep`] (verify, collect, export), [`record`] (what commands leave), [`gate`] (whether a candidate is better),
-//! [`from_log`] and [`near`] (served answers back to training rows), [`cycle`] (all of it once).
+//! Read in this order: [`names`], [`files`], [`database`], `describe` (what files say of themselves), [`entries`] (what
+//! is kept and how it is found), [`aliases`], [`upkeep`] (verify, collect, export), [`record`] (what commands leave),
+//! [`gate`] (whether a candidate is better), [`from_log`] and [`near`] (served answers back to training rows),
+//! [`cycle`] (all of it once).
 
 pub mod aliases;
 pub mod cycle;
 pub mod database;
+mod describe;
 pub mod entries;
 pub mod files;
 pub mod from_log;

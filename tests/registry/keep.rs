@@ -379,6 +379,7 @@ fn commands_leave_what_they_made_and_from_what() {
     place.json(&[&build[..], &["--register", "faq", "--device", "cpu"]].concat());
     let info = place.json(&["index", "info", "faq"]);
     assert_eq!(info["documents"], 1);
+    assert_eq!(place.json(&["registry", "show", "faq"])["bytes"], info["bytes"], "it has a size, though no files");
     let found = ["search", "--index", "faq", "--model", str(&embedder), "--query", "the mill", "--device", "cpu"];
     assert_eq!(place.json(&found)["hits"][0]["rank"], 1);
     // An index goes on changing, which is no damage; one that is broken is.
