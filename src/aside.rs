@@ -70,6 +70,14 @@ impl Drop for Aside {
     }
 }
 
+/// Makes a directory to write into, where there is none.
+pub fn folder(path: &Path) -> Result<(), Error> {
+    std::fs::create_dir_all(path).map_err(|cause| match cause.kind() {
+        io::ErrorKind::AlreadyExists => Error::file(path, "is a file; name a directory to write"),
+        _ => Error::io(path, cause),
+    })
+}
+
 /// Writes a whole file of `bytes`.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     let mut file = Aside::create(path)?;

@@ -78,7 +78,8 @@ impl Error {
             Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
                 "is being changed by another program: try again".into()
             }
-            Some(ErrorCode::CannotOpen | ErrorCode::ReadOnly | ErrorCode::PermissionDenied) => {
+            Some(ErrorCode::ReadOnly) => format!("cannot be written ({said}): check its permissions"),
+            Some(ErrorCode::CannotOpen | ErrorCode::PermissionDenied) => {
                 format!("cannot be opened ({said}): check its permissions")
             }
             _ => format!("is damaged ({said}): {mend}"),
@@ -92,13 +93,20 @@ impl Error {
     }
 }
 
-/// Text from a file, made fit for one line of a message: at most 96 characters, control characters escaped.
+/// Text from a file, made fit for one line of a message: at most 96 characters, control characters escaped; quotation
+/// marks, which end nothing there, stay.
 pub fn quote(text: &str) -> String {
     shorten(text, 96)
 }
 
 fn shorten(text: &str, max: usize) -> String {
-    let mut short: String = text.chars().take(max).flat_map(char::escape_debug).collect();
+    let mut short = String::new();
+    for c in text.chars().take(max) {
+        match c {
+            '\'' | '"' => short.push(c),
+            c => short.extend(c.escape_debug()),
+        }
+    }
     if text.chars().nth(max).is_some() {
         short.push_str("...");
     }

@@ -168,9 +168,10 @@ pub(super) fn fault(row: &Row) -> Option<String> {
     (row.op.is_empty() || row.kernel.is_empty()).then(|| "op and kernel must be named".into())
 }
 
-/// The rows of a file. A last line that was cut off, as by a kill, is left out; any other fault is an error with its
+/// The rows of a file, or of the one in a directory that `bench --out` wrote. A last line that was cut off, as by a kill, is left out; any other fault is an error with its
 /// line.
 pub fn read(path: &Path) -> Result<Vec<Row>, Error> {
+    let path = &if path.is_dir() { path.join(FILE) } else { path.to_path_buf() };
     let size = std::fs::metadata(path).map_err(|cause| Error::io(path, cause))?.len();
     if size > FILE_BYTES {
         return Err(Error::file(path, format!("has {size} bytes: more than {FILE_BYTES} are not read as a benchmark")));
@@ -219,7 +220,7 @@ pub struct Log {
 impl Log {
     /// Begins `folder`'s file anew; what it held is kept beside it as `bench.jsonl.before`.
     pub fn create(folder: &Path) -> Result<Log, Error> {
-        std::fs::create_dir_all(folder).map_err(|cause| Error::io(folder, cause))?;
+        crate::aside::folder(folder)?;
         let path = folder.join(FILE);
         if path.exists() {
             let before = folder.join(format!("{FILE}.before"));

@@ -110,16 +110,17 @@ impl Ab {
     /// The aliases of a log.
     fn count(&self, path: &Path) -> Result<Value> {
         if !path.is_file() {
-            bail!("{}: there is no such file", path.display());
+            let what = if path.exists() { "is no file: name the log" } else { "there is no such file" };
+            bail!("{}: {what}", path.display());
         }
         let mut arms: BTreeMap<String, Vec<(String, Tally)>> = BTreeMap::new();
-        let mut answered: BTreeMap<String, (String, String)> = BTreeMap::new();
+        let mut answered: BTreeMap<String, (String, String, Option<bool>)> = BTreeMap::new();
         capture::read(path, &mut |line| {
             let text = |key: &str| line.get(key).and_then(Value::as_str).map(str::to_string);
             let Some(id) = text("id") else { return };
             if let Some(rating) = line.get("feedback").and_then(|feedback| feedback.get("rating")?.as_i64()) {
-                if let Some((alias, arm)) = answered.get(&id) {
-                    tally(&mut arms, alias, arm).rating(rating > 0);
+                if let Some((alias, arm, rated)) = answered.get_mut(&id) {
+                    tally(&mut arms, alias, arm).rating(rated.replace(rating > 0), rating > 0);
                 }
                 return;
             }
@@ -134,7 +135,7 @@ impl Ab {
                 _ => {}
             }
             if !shadow {
-                answered.insert(id, (alias, arm));
+                answered.insert(id, (alias, arm, None));
             }
         })?;
         if let Some(champion) = &self.champion {
@@ -190,7 +191,7 @@ fn show(alias: &Value) -> Result<()> {
             out,
             "  {:wide$}  {weight:>6}  {:>8}  {:>22}  {:>24}  {:>22}",
             text(&arm["model"]),
-            arm["requests"],
+            arm["requests"].as_u64().unwrap_or(0), // a Value would not keep the column's width
             figure(&arm["errors"], 100.0, 1, " %"),
             figure(&arm["seconds"], 1.0, 3, " s"),
             figure(&arm["feedback"], 100.0, 1, " %"),

@@ -292,6 +292,9 @@ impl Report {
             rows.extend(more);
             contests.extend(found);
         }
+        if rows.is_empty() && contests.is_empty() {
+            anyhow::bail!("the files hold no row: there is nothing to show");
+        }
         report::write(&self.out, &rows, &contests)?;
         let (rows, contests) = (rows.len(), contests.len());
         note(&format!("{}: bench.md and bench.html of {rows} rows and {contests} contests", self.out.display()));

@@ -231,7 +231,8 @@ pub fn tell(
 
 /// Put the champion alias back to the version it was before
 ///
-/// Said again, to the one before that. With --json the entry that is now in use, and from, the version that was.
+/// Said again, to the one before that. An alias that was taken away comes back. With --json the entry that is now in
+/// use, and from, the version that was, or null.
 #[derive(Args)]
 pub struct Rollback {
     /// The adapter's name
@@ -254,6 +255,7 @@ impl Rollback {
             return print_json(&object);
         }
         let (alias, version) = (quote(&self.champion), entry.version);
-        Ok(writeln!(io::stdout(), "{}@{alias} is version {version} again, after {from}", entry.name)?)
+        let after = from.map_or("it was taken away".into(), |from| from.to_string());
+        Ok(writeln!(io::stdout(), "{}@{alias} is version {version} again, after {after}", entry.name)?)
     }
 }

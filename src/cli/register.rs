@@ -18,8 +18,8 @@ use super::{note, Usage};
 /// Under which name a command registers what it made.
 #[derive(Args)]
 pub struct RegisterFlag {
-    /// Register what is made as the next version of this name, with what it was made from; where a registry is named,
-    /// a command's run is recorded without it too
+    /// Register what is made as the next version of this name, with what it was made from; where a registry is named
+    /// and can be written, a command's run is recorded without it too
     #[arg(long, value_name = "NAME")]
     register: Option<String>,
 }
@@ -58,7 +58,15 @@ impl RegisterFlag {
         // The command's name tells its run from what it made, where that is the same figures.
         let mut object = Map::from_iter([("command".to_string(), command.into())]);
         object.extend(report.as_object().cloned().unwrap_or_default());
-        let left = record::leave(&create()?, command, &object, parents, &products)?;
+        let left = create().and_then(|registry| Ok(record::leave(&registry, command, &object, parents, &products)?));
+        let left = match left {
+            Err(error) if self.register.is_none() => {
+                // Nobody asked for it, and what the command is for is done.
+                note(&format!("not recorded: {}", super::chain(&error)));
+                return Ok(());
+            }
+            left => left?,
+        };
         let names: Vec<String> = left.iter().map(Entry::reference).collect();
         note(&format!("registered: {}", names.join(", ")));
         if let Some(adapter) = left.iter().find(|entry| entry.kind == Kind::Adapter) {

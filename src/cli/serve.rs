@@ -72,7 +72,7 @@ pub struct Serve {
     #[arg(long, value_name = "SCORE", default_value_t = MIN_SCORE)]
     min_score: f32,
     /// Where to listen; port 0 takes a free one
-    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080")]
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080", value_parser = address)]
     listen: SocketAddr,
     /// A file of tokens, one a line, one of which each request must bear; needed to listen to other machines
     #[arg(long, value_name = "FILE")]
@@ -103,7 +103,8 @@ pub struct Serve {
     /// then it loses its connection
     #[arg(long, value_name = "S", default_value_t = 30.0)]
     client_timeout: f64,
-    /// Load and unload adapters on request, from below --adapter-root
+    /// Load and unload adapters on request, from below --adapter-root: POST /v1/adapters {"name", "path"}, with
+    /// "replace": true also in the place of one that is loaded; DELETE /v1/adapters/NAME
     #[arg(long, requires = "adapter_root")]
     allow_admin: bool,
     /// The only directory that adapters are loaded from on request
@@ -150,6 +151,12 @@ pub struct Serve {
     precision: Precision,
     #[command(flatten)]
     common: Common,
+}
+
+/// An address and a port; localhost is 127.0.0.1.
+fn address(text: &str) -> Result<SocketAddr, String> {
+    let numbers = text.strip_prefix("localhost:").map_or(text.to_string(), |port| format!("127.0.0.1:{port}"));
+    numbers.parse().map_err(|_| "is no address and port, such as 127.0.0.1:8080, [::1]:8080 or 0.0.0.0:8080".into())
 }
 
 /// `NAME=PATH`.
@@ -201,7 +208,13 @@ impl Serve {
         let patterns = patterns.collect::<Result<Vec<_>, _>>()?;
         // Taken before anything is loaded: a port in use is told at once.
         let listener = std::net::TcpListener::bind(self.listen);
-        let listener = listener.with_context(|| format!("cannot listen to {}", self.listen))?;
+        let listener = listener.map_err(|cause| match cause.kind() {
+            std::io::ErrorKind::AddrInUse => anyhow::anyhow!(
+                "cannot listen to {}: something else does already; name another port with --listen, or 0 for a free one",
+                self.listen
+            ),
+            _ => anyhow::anyhow!("cannot listen to {}: {cause}", self.listen),
+        })?;
         listener.set_nonblocking(true).context("cannot listen")?;
         let address = listener.local_addr().context("cannot listen")?;
 
@@ -462,8 +475,9 @@ fn remember(line: &Value, canary: &Canary, recent: &Recent) {
     let text = |key: &str| line.get(key).and_then(Value::as_str);
     let Some(id) = text("id") else { return };
     if let Some(rating) = line.get("feedback").and_then(|feedback| feedback.get("rating")?.as_i64()) {
+        let before = recent.rate(id, rating > 0);
         if let Some(Some(arm)) = recent.arm(id) {
-            canary.remember(&arm.alias, &arm.model, |tally| tally.rating(rating > 0));
+            canary.remember(&arm.alias, &arm.model, |tally| tally.rating(before, rating > 0));
         }
         return;
     }

@@ -103,35 +103,49 @@ impl Registry {
         })
     }
 
-    /// Points an alias back at the version it pointed at before; said again, at the one before that. Gives the versions
-    /// left and taken up.
-    pub fn rollback(&self, name: &str, alias: &str) -> Result<(i64, Entry), Error> {
+    /// Points an alias back at the version it pointed at before, also where it was taken away since; said again, at the
+    /// one before that. Gives the version left, none where there was no such alias, and the one taken up.
+    pub fn rollback(&self, name: &str, alias: &str) -> Result<(Option<i64>, Entry), Error> {
         self.database.change(|change| {
-            let Some(now) = points_at(change, name, alias)? else {
-                let (name, alias) = (quote(name), quote(alias));
-                let what = format!("there is no {name}@{alias}: no version was promoted yet, see `handmill promote`");
-                return Err(Error::Request(what));
-            };
+            let now = points_at(change, name, alias)?;
             let mut before: Vec<Option<i64>> = Vec::new();
             for moved in history(change, name, Some(alias))? {
                 match moved.action.as_str() {
-                    "rollback" => drop(before.pop()),
+                    "rollback" => while before.pop().is_some_and(|version| version != moved.after) {},
                     _ => before.push(moved.before),
                 }
             }
-            let Some(version) = before.pop().flatten() else {
+            // Times without the alias are passed over.
+            let mut versions = before.into_iter().rev().flatten().filter(|version| Some(*version) != now);
+            let Some(version) = versions.next() else {
+                let Some(now) = now else {
+                    let (name, alias) = (quote(name), quote(alias));
+                    let what =
+                        format!("there is no {name}@{alias}: no version was promoted yet, see `handmill promote`");
+                    return Err(Error::Request(what));
+                };
                 let what = format!(
                     "{name}@{alias} is version {now} and was no other before: there is no way back, but \
                      `handmill registry alias {name} {alias} --delete` leaves the base model alone in use"
                 );
                 return Err(Error::Request(what));
             };
-            let reference = Reference { name: name.into(), which: Which::Version(version) };
-            let Some((id, _)) = entries::version_of(change, &reference)? else {
-                let what = format!("{name}@{alias} was version {version} before, which was removed since");
+            let entry = |version| {
+                let reference = Reference { name: name.into(), which: Which::Version(version) };
+                Ok::<_, Error>(entries::version_of(change, &reference)?.map(|(id, _)| id))
+            };
+            let Some(id) = entry(version)? else {
+                let mut what = format!("{name}@{alias} was version {version} before, which was removed since");
+                for earlier in versions {
+                    if entry(earlier)?.is_some() {
+                        what +=
+                            &format!(": `handmill registry alias {name}@{earlier} {alias}` takes the one before that");
+                        break;
+                    }
+                }
                 return Err(Error::Request(what));
             };
-            point(change, name, alias, "rollback", Some(now), Some(version), None)?;
+            point(change, name, alias, "rollback", now, Some(version), None)?;
             Ok((now, entries::read(change, id)?))
         })
     }

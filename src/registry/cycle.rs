@@ -103,10 +103,10 @@ pub fn run(registry: &Registry, cycle: &Cycle, device: Arc<dyn Device>, watch: W
     let manifest = capture(cycle)?;
     let rows = manifest.get("rows").and_then(Value::as_u64).unwrap_or(0) as usize;
     if rows < cycle.least_rows {
-        let left = manifest.get("left_out").map_or(String::new(), Value::to_string);
         let what = format!(
-            "the logs hold {rows} rows to train on, and --least-rows asks for {}; left out: {left}",
-            cycle.least_rows
+            "the logs hold {rows} rows to train on, and --least-rows asks for {}; {}",
+            cycle.least_rows,
+            from_log::left_out(&manifest)
         );
         return Err(Error::Request(what).into());
     }

@@ -50,7 +50,8 @@ pub struct Database {
 }
 
 impl Database {
-    /// Opens the database of the registry `dir`; `create` makes it where there is none.
+    /// Opens the database of the registry `dir`; `create` makes it where there is none. Where nothing may be written
+    /// it can be read.
     pub fn open(dir: &Path, create: bool) -> Result<Database, Error> {
         let path = dir.join(FILE);
         let none = || Error::file(dir, "is no registry: make one with `handmill registry init`");
@@ -58,7 +59,7 @@ impl Database {
             return Err(none());
         }
         if create {
-            std::fs::create_dir_all(dir).map_err(|cause| Error::io(dir, cause))?;
+            crate::aside::folder(dir)?;
         }
         // Two processes that make one at the same time would both find it empty.
         let lock = path.with_extension("lock");
@@ -72,12 +73,12 @@ impl Database {
         };
         let flag = if create { OpenFlags::SQLITE_OPEN_CREATE } else { OpenFlags::empty() };
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX | flag;
-        let connection = Connection::open_with_flags(&path, flags).map_err(|error| fault(&path, &error))?;
+        let connection = connect(&path, flags).or_else(|error| match create {
+            true => Err(error),
+            false => only_to_read(&path, error),
+        });
+        let connection = connection.map_err(|error| fault(&path, &error))?;
         let database = Database { path, connection };
-        database.with(|connection| {
-            connection.busy_timeout(PATIENCE)?;
-            connection.execute_batch("PRAGMA trusted_schema=OFF; PRAGMA cell_size_check=ON; PRAGMA synchronous=FULL;")
-        })?;
         let empty = database.pragma("user_version")? == 0 && database.pragma("application_id")? == 0;
         match (empty, create) {
             (true, false) => return Err(none()),
@@ -143,6 +144,35 @@ impl Database {
     fn pragma(&self, name: &str) -> Result<i64, Error> {
         self.with(|connection| connection.pragma_query_value(None, name, |row| row.get(0)))
     }
+}
+
+/// A connection that has read something.
+fn connect(path: &Path, flags: OpenFlags) -> rusqlite::Result<Connection> {
+    let connection = Connection::open_with_flags(path, flags)?;
+    connection.busy_timeout(PATIENCE)?;
+    connection.execute_batch("PRAGMA trusted_schema=OFF; PRAGMA cell_size_check=ON; PRAGMA synchronous=FULL;")?;
+    connection.pragma_query_value(None, "user_version", |row| row.get::<_, i64>(0))?;
+    Ok(connection)
+}
+
+/// A connection to a database in a place where nothing may be written, such as a registry that is shared read-only;
+/// `error` is what writing met.
+fn only_to_read(path: &Path, error: rusqlite::Error) -> rusqlite::Result<Connection> {
+    use rusqlite::ErrorCode::{CannotOpen, PermissionDenied, ReadOnly};
+    if !matches!(error.sqlite_error_code(), Some(CannotOpen | PermissionDenied | ReadOnly)) {
+        return Err(error);
+    }
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    connect(path, flags).or_else(|_| {
+        // Without the files that writers share there is no writer. What stands in a log alone would be missed.
+        let log = path.with_file_name(format!("{FILE}-wal"));
+        let (Some(text), false) = (path.to_str(), std::fs::metadata(&log).is_ok_and(|meta| meta.len() > 0)) else {
+            return Err(error);
+        };
+        let text = text.replace('%', "%25").replace('?', "%3f").replace('#', "%23");
+        let uri = format!("file:{text}?immutable=1");
+        connect(Path::new(&uri), flags | OpenFlags::SQLITE_OPEN_URI).map_err(|_| error)
+    })
 }
 
 /// A transaction.

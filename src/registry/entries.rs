@@ -8,13 +8,11 @@ use rusqlite::{params, Connection, OptionalExtension, Row};
 use serde_json::{json, Map, Value};
 
 use super::database::Change;
+use super::describe::{describe, Told};
 use super::files::{self, Stored};
 use super::names::{self, Reference, Which};
 use super::{Kind, Registry};
 use crate::error::{quote, Error};
-use crate::model::adapter::{model_sha256, Adapter};
-use crate::model::checkpoint::Checkpoint;
-use crate::retrieve::index::Index;
 
 /// The longest tag or metadata.
 const MAX_TEXT: usize = 1 << 20;
@@ -38,7 +36,7 @@ pub struct Entry {
     pub directory: bool,
     /// Where it is, where it was registered in place.
     pub place: Option<PathBuf>,
-    /// Bytes of its files.
+    /// Bytes of its files; of an index, when it was registered.
     pub bytes: u64,
     /// When it was made, UTC, such as `2026-01-31T09:00:00Z`.
     pub created: String,
@@ -102,6 +100,7 @@ impl<'a> New<'a> {
 pub(super) struct Prepared<'a> {
     new: &'a New<'a>,
     files: Vec<Stored>,
+    bytes: u64,
     sha256: String,
     identity: String,
     tree: String,
@@ -168,8 +167,8 @@ impl Registry {
         }
         let _lock = self.lock(false)?;
         let (mut parents, mut metadata) = (new.parents.clone(), Map::new());
-        let known = match new.source {
-            Source::Bytes(..) => None,
+        let Told { identity: known, bytes } = match new.source {
+            Source::Bytes(..) => Told::default(),
             Source::Path(path) | Source::InPlace(path) => describe(path, new.kind, &mut parents, &mut metadata)?,
         };
         metadata.extend(new.metadata.clone());
@@ -204,7 +203,7 @@ impl Registry {
             _ => tree.clone(),
         };
         if !in_place {
-            files::tree(&self.dir, &tree, &found)?;
+            files::tree(&self.dir, &tree, &found, true)?;
         }
         let identity = match (new.kind, known) {
             (Kind::Adapter, _) => {
@@ -213,7 +212,8 @@ impl Registry {
             (_, known) => known,
         };
         let identity = identity.unwrap_or_else(|| sha256.clone());
-        Ok(Prepared { new, files: found, sha256, identity, tree, directory, place, parents, metadata, _lock })
+        let bytes = bytes.unwrap_or_else(|| found.iter().map(|file| file.bytes).sum());
+        Ok(Prepared { new, files: found, bytes, sha256, identity, tree, directory, place, parents, metadata, _lock })
     }
 
     /// The entry a reference speaks of; none where there is no such name, version or alias. An error where the name is
@@ -316,7 +316,7 @@ impl Registry {
         if !files::is_hash(&entry.tree) {
             return Err(self.database.wrong(format!("{} has no tree", entry.reference())));
         }
-        let tree = files::tree(&self.dir, &entry.tree, &found)?;
+        let tree = files::tree(&self.dir, &entry.tree, &found, false)?;
         match (&found[..], entry.directory) {
             ([file], false) => Ok(tree.join(&file.path)),
             _ => Ok(tree),
@@ -393,48 +393,6 @@ impl Registry {
     }
 }
 
-/// What can be told of what lies at `path`: its identity, where it has one beside its bytes; what it was made from.
-fn describe(
-    path: &Path,
-    kind: Kind,
-    parents: &mut Vec<(String, String)>,
-    metadata: &mut Map<String, Value>,
-) -> Result<Option<String>, Error> {
-    match kind {
-        Kind::Model => {
-            let checkpoint = Checkpoint::open(path)?;
-            metadata.insert("architecture".into(), checkpoint.config.arch.name().into());
-            // That of a GGUF file is of its bytes, which are hashed anyway.
-            if path.is_dir() {
-                model_sha256(&checkpoint).map(Some)
-            } else {
-                Ok(None)
-            }
-        }
-        Kind::Adapter => {
-            let adapter = Adapter::open(path)?;
-            if let Some(base) = adapter.base_sha256.clone().filter(|hash| files::is_hash(hash)) {
-                parents.push(("base".into(), base));
-            }
-            let config = &adapter.config;
-            metadata.insert("r".into(), config.r.into());
-            metadata.insert("alpha".into(), config.alpha.into());
-            metadata.insert("targets".into(), json!(config.targets));
-            metadata.insert("base".into(), json!(config.base));
-            Ok(None)
-        }
-        Kind::Index => {
-            let index = Index::open_any(path)?;
-            let info = index.info()?;
-            metadata.insert("documents".into(), info.documents.into());
-            metadata.insert("chunks".into(), info.chunks.into());
-            metadata.insert("model_hash".into(), info.model_hash.into());
-            index.fingerprint().map(Some)
-        }
-        Kind::Dataset | Kind::Evaluation | Kind::Run => Ok(None),
-    }
-}
-
 /// The version of a new entry, and whether it is new.
 pub(super) fn insert(change: &Change, prepared: &Prepared) -> Result<(i64, bool), Error> {
     let Prepared { new, sha256, identity, .. } = prepared;
@@ -458,43 +416,50 @@ pub(super) fn insert(change: &Change, prepared: &Prepared) -> Result<(i64, bool)
             AND place IS ?4 ORDER BY version DESC LIMIT 1";
         c.query_row(query, params![name, sha256, identity, place], |row| Ok((row.get(0)?, row.get(1)?))).optional()
     })?;
-    let (id, fresh): (i64, bool) =
-        match same {
-            Some((id, metadata)) => {
-                let metadata: String = metadata;
-                let mut all: Map<String, Value> = serde_json::from_str(&metadata).unwrap_or_default();
-                all.extend(prepared.metadata.clone());
-                change.with(|c| {
-                    c.execute("UPDATE entries SET metadata = ?2 WHERE id = ?1", params![id, json!(all).to_string()])
-                })?;
-                (id, false)
-            }
-            None => {
-                change.with(|c| {
-                    c.execute("INSERT OR IGNORE INTO names VALUES (?1, ?2, 1)", params![name, kind])?;
-                    let version: i64 = c.query_row(
-                        "UPDATE names SET next = next + 1 WHERE name = ?1 RETURNING next - 1",
-                        [name],
-                        |r| r.get(0),
-                    )?;
-                    let bytes: u64 = prepared.files.iter().map(|file| file.bytes).sum();
-                    // The name is written as it was first.
-                    c.execute(
-                "INSERT INTO entries(name, version, kind, sha256, identity, tree, directory, place, bytes, created,
+    let (id, fresh): (i64, bool) = match same {
+        Some((id, metadata)) => {
+            let metadata: String = metadata;
+            let mut all: Map<String, Value> = serde_json::from_str(&metadata).unwrap_or_default();
+            all.extend(prepared.metadata.clone());
+            change.with(|c| {
+                c.execute("UPDATE entries SET metadata = ?2 WHERE id = ?1", params![id, json!(all).to_string()])
+            })?;
+            (id, false)
+        }
+        None => {
+            change.with(|c| {
+                c.execute("INSERT OR IGNORE INTO names VALUES (?1, ?2, 1)", params![name, kind])?;
+                let version: i64 =
+                    c.query_row("UPDATE names SET next = next + 1 WHERE name = ?1 RETURNING next - 1", [name], |r| {
+                        r.get(0)
+                    })?;
+                // The name is written as it was first.
+                c.execute(
+                    "INSERT INTO entries(name, version, kind, sha256, identity, tree, directory, place, bytes, created,
                     metadata) SELECT name, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, strftime('%Y-%m-%dT%H:%M:%SZ'), ?10
                     FROM names WHERE name = ?1",
-                params![name, version, kind, sha256, identity, prepared.tree, prepared.directory, place, bytes as i64,
-                    json!(prepared.metadata).to_string()],
-            )?;
-                    let id = c.last_insert_rowid();
-                    let mut row = c.prepare("INSERT INTO files VALUES (?1, ?2, ?3, ?4)")?;
-                    for file in &prepared.files {
-                        row.execute(params![id, file.path, file.sha256, file.bytes as i64])?;
-                    }
-                    Ok((id, true))
-                })?
-            }
-        };
+                    params![
+                        name,
+                        version,
+                        kind,
+                        sha256,
+                        identity,
+                        prepared.tree,
+                        prepared.directory,
+                        place,
+                        prepared.bytes as i64,
+                        json!(prepared.metadata).to_string()
+                    ],
+                )?;
+                let id = c.last_insert_rowid();
+                let mut row = c.prepare("INSERT INTO files VALUES (?1, ?2, ?3, ?4)")?;
+                for file in &prepared.files {
+                    row.execute(params![id, file.path, file.sha256, file.bytes as i64])?;
+                }
+                Ok((id, true))
+            })?
+        }
+    };
     change.with(|c| {
         for (role, parent) in &prepared.parents {
             c.execute("INSERT OR IGNORE INTO edges VALUES (?1, ?2, ?3)", params![id, role, parent])?;

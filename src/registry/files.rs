@@ -189,19 +189,36 @@ pub fn keep_bytes(dir: &Path, bytes: &[u8]) -> Result<String, Error> {
     done.map(|()| hash)
 }
 
-/// Gives bytes that are whole their place. Those that are there already stay, as they are in use.
+/// Gives bytes that are whole their place. The same ones that are there already stay, as they are in use; damaged ones
+/// give way.
 fn place(dir: &Path, aside: &Path, hash: &str) -> Result<(), Error> {
     let path = blob(dir, hash);
     let folder = path.parent().unwrap_or(dir);
     fs::create_dir_all(folder).map_err(|cause| Error::io(folder, cause))?;
-    let same = |path: &Path| {
-        let length = |path: &Path| fs::metadata(path).map(|meta| meta.len());
-        length(path).ok().is_some_and(|found| length(aside).ok() == Some(found))
-    };
-    if same(&path) {
+    if is_of(&path, hash) || same_file(&path, aside) {
         return fs::remove_file(aside).map_err(|cause| Error::io(aside, cause));
     }
     fs::rename(aside, &path).and_then(|()| sync(folder)).map_err(|cause| Error::io(&path, cause))
+}
+
+/// True for a file of this SHA-256.
+fn is_of(path: &Path, sha256: &str) -> bool {
+    path.is_file() && hash(path, &mut |_| Ok(())).is_ok_and(|(found, _)| found == sha256)
+}
+
+/// True where both names are of one file.
+pub fn same_file(a: &Path, b: &Path) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let id = |path: &Path| fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).ok();
+        id(a).is_some() && id(a) == id(b)
+    }
+    #[cfg(not(unix))]
+    {
+        let real = |path: &Path| fs::canonicalize(path).ok();
+        real(a).is_some() && real(a) == real(b)
+    }
 }
 
 /// Brings a folder's names to the disk.
@@ -222,11 +239,16 @@ fn read_only(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// The folder in which an entry's files stand under their names, made where it is missing or incomplete.
-pub fn tree(dir: &Path, hash: &str, files: &[Stored]) -> Result<PathBuf, Error> {
+/// The folder in which an entry's files stand under their names, made where it is missing or incomplete; where
+/// `careful`, also where a file in it is no link to what is kept and has other bytes.
+pub fn tree(dir: &Path, hash: &str, files: &[Stored], careful: bool) -> Result<PathBuf, Error> {
     let path = dir.join("trees").join(hash);
     let whole = |path: &Path| {
-        let there = |file: &Stored| fs::metadata(path.join(&file.path)).is_ok_and(|meta| meta.len() == file.bytes);
+        let there = |file: &Stored| {
+            let link = path.join(&file.path);
+            fs::metadata(&link).is_ok_and(|meta| meta.len() == file.bytes)
+                && (!careful || same_file(&link, &blob(dir, &file.sha256)) || is_of(&link, &file.sha256))
+        };
         files.iter().all(there)
     };
     if whole(&path) {

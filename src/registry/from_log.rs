@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use regex::Regex;
 use serde_json::{json, Map, Value};
 
+use super::files;
 use super::near::Near;
 use crate::aside;
 use crate::compare::questions::{self, Question, TrainRow};
@@ -69,6 +70,8 @@ pub struct Made {
     pub held_out_count: usize,
     /// What was read, and how many were left out for which reason.
     pub manifest: Map<String, Value>,
+    /// The files that were read.
+    inputs: Vec<PathBuf>,
 }
 
 /// An interaction.
@@ -98,6 +101,24 @@ struct Candidate {
 
 /// Counts by reason.
 type Left = BTreeMap<&'static str, usize>;
+
+/// What was left out, in words.
+pub fn left_out(manifest: &Map<String, Value>) -> String {
+    let count = |key: &str| manifest.get(key).and_then(Value::as_u64).unwrap_or(0);
+    if count("lines") == 0 {
+        return "the logs hold no whole line".into();
+    }
+    let left = manifest.get("left_out").and_then(Value::as_object).into_iter().flatten();
+    let left: Vec<String> = left.map(|(why, count)| format!("{why} {count}")).collect();
+    let left = if left.is_empty() { "nothing".into() } else { left.join(", ") };
+    // `lines` are whole ones; of a file of another kind none is understood.
+    let other = manifest.get("left_out").and_then(|left| left.get("line not understood")?.as_u64());
+    let hint = match other == Some(count("lines")) {
+        true => ": a log is what `handmill serve --capture` writes",
+        false => "",
+    };
+    format!("left out of the logs: {left}{hint}")
+}
 
 /// Makes rows of logs, in their order. Errors: a log or the questions cannot be read, no row is left.
 pub fn make(logs: &[PathBuf], options: &Options) -> Result<Made, Error> {
@@ -177,18 +198,23 @@ pub fn make(logs: &[PathBuf], options: &Options) -> Result<Made, Error> {
             "near": options.near, "redact": options.redact.iter().map(Regex::as_str).collect::<Vec<_>>() },
     });
     let manifest = manifest.as_object().cloned().unwrap_or_default();
-    Ok(Made { rows, count, held_out, held_out_count: apart, manifest })
+    let inputs = logs.iter().chain(&options.questions).cloned().collect();
+    Ok(Made { rows, count, held_out, held_out_count: apart, manifest, inputs })
 }
 
 impl Made {
     /// Writes the rows to `out`, those kept apart beside it as `NAME.held-out.jsonl`, the manifest as
-    /// `NAME.manifest.json`; gives both paths. An error where there is no row.
+    /// `NAME.manifest.json`; gives both paths. Errors: there is no row, or one of them is a file that was read.
     pub fn save(&self, out: &Path) -> Result<(PathBuf, PathBuf), Error> {
         if self.count == 0 {
-            let why = self.manifest.get("left_out").map_or(String::new(), Value::to_string);
-            return Err(Error::file(out, format!("would hold no row; left out of the logs: {why}")));
+            return Err(Error::file(out, format!("would hold no row: {}", left_out(&self.manifest))));
         }
         let (held_out, manifest) = (out.with_extension("held-out.jsonl"), out.with_extension("manifest.json"));
+        for path in [out, &held_out, &manifest] {
+            if self.inputs.iter().any(|input| files::same_file(input, path)) {
+                return Err(Error::file(path, "was read, and would be written over: name another file to write"));
+            }
+        }
         if self.held_out_count > 0 {
             aside::write(&held_out, self.held_out.as_bytes())?;
         } else if held_out.is_file() {

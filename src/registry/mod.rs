@@ -8,13 +8,15 @@
 //! .lock              shared by those who bring bytes in, held alone by who takes them out
 //! ```
 //!
-//! Read in this order: [`names`], [`files`], [`database`], [`entries`] (what is kept and how it is found), [`aliases`],
-//! [`upkeep`] (verify, collect, export), [`record`] (what commands leave), [`gate`] (whether a candidate is better),
-//! [`from_log`] and [`near`] (served answers back to training rows), [`cycle`] (all of it once).
+//! Read in this order: [`names`], [`files`], [`database`], `describe` (what files say of themselves), [`entries`] (what
+//! is kept and how it is found), [`aliases`], [`upkeep`] (verify, collect, export), [`record`] (what commands leave),
+//! [`gate`] (whether a candidate is better), [`from_log`] and [`near`] (served answers back to training rows),
+//! [`cycle`] (all of it once).
 
 pub mod aliases;
 pub mod cycle;
 pub mod database;
+mod describe;
 pub mod entries;
 pub mod files;
 pub mod from_log;
@@ -129,7 +131,10 @@ impl Registry {
     /// Holds off, until dropped, those who take bytes out; `alone` also those who bring bytes in. Waits for them.
     fn lock(&self, alone: bool) -> Result<File, Error> {
         let path = self.dir.join(".lock");
-        let file = File::options().create(true).append(true).open(&path).map_err(|cause| Error::io(&path, cause))?;
+        let file = File::options().create(true).append(true).open(&path);
+        // Where nothing may be written, bytes can still be held on to.
+        let file = if alone { file } else { file.or_else(|cause| File::open(&path).map_err(|_| cause)) };
+        let file = file.map_err(|cause| Error::io(&path, cause))?;
         let held = if alone { file.lock() } else { file.lock_shared() };
         held.map_err(|cause| Error::io(&path, cause))?;
         Ok(file)

@@ -59,12 +59,12 @@ pub fn which(word: &str) -> Result<Which, Error> {
 
 /// Refuses what cannot be a name.
 pub fn check_name(name: &str) -> Result<(), Error> {
-    check(name).map_err(|why| Error::Request(format!("{} cannot be a name: {why}", quote(name))))
+    check(name).map_err(|why| Error::Request(format!("{} cannot be a name: {why}", shown(name))))
 }
 
 /// Refuses what cannot be an alias: what cannot be a name, numbers, and `latest`.
 pub fn check_alias(alias: &str) -> Result<(), Error> {
-    let wrong = |why: &str| Error::Request(format!("{} cannot be an alias: {why}", quote(alias)));
+    let wrong = |why: &str| Error::Request(format!("{} cannot be an alias: {why}", shown(alias)));
     check(alias).map_err(wrong)?;
     if alias.bytes().all(|byte| byte.is_ascii_digit()) {
         return Err(wrong("numbers are versions"));
@@ -72,6 +72,15 @@ pub fn check_alias(alias: &str) -> Result<(), Error> {
     match alias.eq_ignore_ascii_case(LATEST) {
         true => Err(wrong("it is always the highest version")),
         false => Ok(()),
+    }
+}
+
+/// A word in a message; nothing at all would not be seen there.
+fn shown(word: &str) -> String {
+    if word.is_empty() {
+        "''".into()
+    } else {
+        quote(word)
     }
 }
 

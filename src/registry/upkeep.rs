@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::entries::{Entry, New, Source};
 use super::{files, names, Kind, Registry};
-use crate::aside::Aside;
+use crate::aside::{self, Aside};
 use crate::error::Error;
 use crate::retrieve::index::Index;
 use crate::train::run;
@@ -97,7 +97,7 @@ impl Registry {
                     None => {
                         let (blob, link) = (files::blob(&self.dir, &file.sha256), self.link(entry, &file.path));
                         // A link that is gone is made again when it is used.
-                        match link.exists() && !same_file(&blob, &link) {
+                        match link.exists() && !files::same_file(&blob, &link) {
                             true => vec![blob, link],
                             false => vec![blob],
                         }
@@ -195,7 +195,7 @@ impl Registry {
             let what = format!("{} is an index, registered in place: copy its directory", entry.reference());
             return Err(Error::Request(what));
         }
-        fs::create_dir_all(out).map_err(|cause| Error::io(out, cause))?;
+        aside::folder(out)?;
         if !entries_of(out)?.is_empty() {
             return Err(Error::file(out, "is not empty: name a new directory"));
         }
@@ -288,19 +288,4 @@ fn remove(path: &Path) -> Result<(), Error> {
     let folder = fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir());
     let done = if folder { fs::remove_dir_all(path) } else { fs::remove_file(path) };
     done.map_err(|cause| Error::io(path, cause))
-}
-
-/// True where both names are of one file.
-fn same_file(a: &Path, b: &Path) -> bool {
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::MetadataExt;
-        let id = |path: &Path| fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).ok();
-        id(a).is_some() && id(a) == id(b)
-    }
-    #[cfg(not(unix))]
-    {
-        let _ = (a, b);
-        false
-    }
 }

@@ -177,9 +177,25 @@ impl Canary {
         })
     }
 
-    /// Counts a rating; gives the rollback that it led to.
-    pub fn feedback(&self, alias: &str, model: &str, rating: i64) -> Option<Rollback> {
-        self.change(alias, model, |tally| tally.rating(rating > 0))
+    /// Counts an answer's rating in place of the one it had `before`; gives the rollback that it led to.
+    pub fn feedback(&self, alias: &str, model: &str, before: Option<bool>, good: bool) -> Option<Rollback> {
+        self.change(alias, model, |tally| tally.rating(before, good))
+    }
+
+    /// An adapter has other weights from now on: as an arm it is another one, of which nothing is known, unless it was
+    /// rolled back with these weights.
+    pub fn renewed(&self, adapter: &str, sha256: &str) {
+        let events = self.events.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
+        for (name, alias) in self.lock().iter_mut() {
+            for (i, arm) in alias.arms.iter_mut().enumerate() {
+                let own = arm.model.split('+').next() == Some(adapter);
+                if own && arm.sha256 != sha256 {
+                    let is_this = |r: &&Rollback| r.alias == *name && r.arm == arm.model && r.sha256 == sha256;
+                    arm.rolled_back = events.iter().find(is_this).filter(|_| i > 0).cloned();
+                    (arm.sha256, arm.tally) = (sha256.into(), Tally::default());
+                }
+            }
+        }
     }
 
     /// Counts what the log holds of an earlier run: nothing is rolled back by it.

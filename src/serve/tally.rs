@@ -101,7 +101,9 @@ pub fn wilson(hits: u64, n: u64, z: f64) -> (f64, f64) {
     let scale = 1.0 / (1.0 + z * z / n);
     let middle = scale * (p + z * z / (2.0 * n));
     let half = scale * z * (p * (1.0 - p) / n + z * z / (4.0 * n * n)).sqrt();
-    ((middle - half).max(0.0), (middle + half).min(1.0))
+    // Of none and of all one end is the share itself, which rounding would miss.
+    let low = if hits == 0 { 0.0 } else { (middle - half).max(0.0) };
+    (low, if p == 1.0 { 1.0 } else { (middle + half).min(1.0) })
 }
 
 /// Newcombe's interval of the difference of two shares, the first less the second: low, high.
@@ -132,8 +134,13 @@ impl Tally {
         }
     }
 
-    /// Counts a rating.
-    pub fn rating(&mut self, good: bool) {
+    /// Counts an answer's rating; `before` is the one that the same answer had, which it takes the place of.
+    pub fn rating(&mut self, before: Option<bool>, good: bool) {
+        match before {
+            Some(true) => self.up = self.up.saturating_sub(1),
+            Some(false) => self.down = self.down.saturating_sub(1),
+            None => {}
+        }
         match good {
             true => self.up += 1,
             false => self.down += 1,
@@ -245,6 +252,9 @@ mod tests {
         // Newcombe (1998), table I of each paper: 15/148 by the score method; 56/70 less 48/80 by method 10.
         let (low, high) = wilson(15, 148, SHOWN);
         assert!((low - 0.0624).abs() < 1e-4 && (high - 0.1605).abs() < 1e-4, "{low} {high}");
+        for n in 1..200 {
+            assert!(wilson(0, n, SHOWN).0 == 0.0 && wilson(n, n, SHOWN).1 == 1.0, "the share itself is within");
+        }
         let (low, high) = newcombe((56, 70), (48, 80), SHOWN);
         assert!((low - 0.0524).abs() < 1e-4 && (high - 0.3339).abs() < 1e-4, "{low} {high}");
         assert_eq!(wilson(0, 0, SHOWN), (0.0, 1.0));

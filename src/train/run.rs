@@ -259,7 +259,7 @@ pub fn check_settings(found: &Map<String, Value>, wanted: &Map<String, Value>, o
 
 /// Holds a run's directory, which is made where it is missing, until dropped. An error where another run holds it.
 pub fn lock(out: &Path) -> Result<fs::File, Error> {
-    fs::create_dir_all(out).map_err(|cause| Error::io(out, cause))?;
+    crate::aside::folder(out)?;
     let path = out.join(".lock");
     let file = fs::File::create(&path).map_err(|cause| Error::io(&path, cause))?;
     match file.try_lock() {

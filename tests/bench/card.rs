@@ -38,7 +38,14 @@ fn script(folder: &Path) -> Command {
     let mut command = Command::new("python3");
     command.arg(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tools/gpu_check"));
     command.arg("--handmill").arg(tool).arg("--out").arg(folder.join("out"));
-    command.args(["--device", "ptx-sim", "--kernel", "k", "--stages", "doctor,verify,search,fine-tune,more-seeds"]);
+    command.args([
+        "--device",
+        "ptx-sim",
+        "--kernel",
+        "rope_f32_warp",
+        "--stages",
+        "doctor,verify,search,fine-tune,more-seeds",
+    ]);
     command.stdin(Stdio::null());
     command
 }
@@ -89,4 +96,40 @@ fn told_to_stop_it_tells_what_there_is() {
     let table = String::from_utf8(done.stdout).unwrap();
     assert!(done.status.code() == Some(1) && word(&table, "the rest").contains("told to stop"), "{table}");
     assert!(table.lines().last().unwrap().starts_with("1 ok, 0 failed; stages that failed: the rest"), "{table}");
+}
+
+#[test]
+fn what_cannot_be_done_is_told_before_anything_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    std::fs::write(at("file"), "x").unwrap();
+    let ended = |command: &mut Command| {
+        let done = command.stdin(Stdio::null()).output().unwrap();
+        let told = [done.stdout, done.stderr].map(|text| String::from_utf8(text).unwrap()).concat();
+        (done.status.code(), told)
+    };
+    for (more, code, words) in [
+        (["--kernel", "rope_f32_wrap"], 2, "there is no such PTX kernel, but rope_f32_warp"),
+        (["--stages", "doctr"], 2, "give some of doctor"),
+        (["--out", at("file").to_str().unwrap()], 1, "is a file: name a folder"),
+    ] {
+        let (found, told) = ended(script(folder.path()).args(more));
+        assert!(found == Some(code) && told.contains(words), "{more:?}: {told}");
+    }
+    // Nothing was to be verified, and nothing was.
+    let (code, told) = ended(script(folder.path()).args(["--stages", "doctor"]));
+    assert!(code == Some(0) && told.contains("0 ok, 0 failed\n"), "{told}");
+
+    // The bundle is put where it is asked for from, and never over what is not its own.
+    let bundle = |name: &str| {
+        let tool = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tools/gpu_bundle");
+        ended(Command::new("bash").arg(tool).arg(name).current_dir(folder.path()))
+    };
+    std::fs::create_dir(at("mine")).unwrap();
+    std::fs::write(at("mine/x"), "x").unwrap();
+    for (name, words) in [("mine", "holds something that is not from here"), ("file", "is a file")] {
+        let (code, told) = bundle(name);
+        assert!(code == Some(1) && told.contains(words) && told.contains(at(name).to_str().unwrap()), "{told}");
+    }
+    assert_eq!(std::fs::read_to_string(at("mine/x")).unwrap(), "x");
 }

@@ -60,6 +60,18 @@ fn files_that_are_no_runs_are_refused_by_their_names() {
         }
     }
     assert_eq!(bench(&["compare", &good]).code, 2, "one file is wrong use");
+    // A folder that --out wrote stands for the rows in it.
+    let out = folder.path().join("out");
+    std::fs::create_dir(&out).unwrap();
+    file(&out, "bench.jsonl", &text);
+    assert_eq!(bench(&["compare", &good, out.to_str().unwrap()]).code, 0);
+    // A page of nothing is none, and a file is no folder.
+    let empty = file(folder.path(), "empty", "");
+    for (rows, out, word) in [(&empty, "page", "hold no row"), (&good, "good", "is a file; name a directory")] {
+        let out = folder.path().join(out);
+        let run = bench(&["report", rows, "--out", out.to_str().unwrap()]);
+        assert!(run.code == 1 && run.stderr.contains(word) && !out.join("bench.html").exists(), "{}", run.stderr);
+    }
 
     // Cut off as by a kill, the last line is left out, and said to be; what was whole is compared.
     let half = file(folder.path(), "half", &format!("{text}{}", &text[..text.len() / 2]));

@@ -131,6 +131,31 @@ fn a_log_becomes_rows_and_what_is_left_out_is_told() {
     assert!(error.contains("would hold no row") && error.contains("not rated"), "{error}");
     let error = place.fails(&["data", "from-log", "/no/such.jsonl", "--out", str(&out)]);
     assert!(error.contains("/no/such.jsonl"), "{error}");
+    let other = place.file("other.jsonl", "{\"prompt\":\"a\"}\n");
+    let error = place.fails(&["data", "from-log", str(&other), "--out", str(&out)]);
+    assert!(error.contains("line not understood 1: a log is what"), "{error}");
+    let empty = place.file("empty.jsonl", "");
+    let error = place.fails(&["data", "from-log", str(&empty), "--out", str(&out)]);
+    assert!(error.contains("no whole line"), "{error}");
+}
+
+#[test]
+fn what_is_read_is_never_written_over() {
+    let place = Place::new();
+    let path = log(&place, "served.jsonl", &[asked("1", "Where is the mill?", "At the river.")]);
+    let before = fs::read(&path).unwrap();
+    let error = place.fails(&["data", "from-log", str(&path), "--out", str(&path)]);
+    assert!(error.contains("served.jsonl") && error.contains("written over"), "{error}");
+    // By another name, too.
+    let linked = place.path("linked.jsonl");
+    fs::hard_link(&path, &linked).unwrap();
+    assert!(place.fails(&["data", "from-log", str(&path), "--out", str(&linked)]).contains("written over"));
+    // What would be taken for an earlier run's rows, and taken away.
+    let held = place.file("rows.held-out.jsonl", "{\"question\":\"Where is the tower?\",\"answer\":\"hill\"}\n");
+    let flags = ["data", "from-log", str(&path), "--out", str(&place.path("rows.jsonl"))].map(str::to_string);
+    let flags: Vec<&str> = flags.iter().map(String::as_str).chain(["--questions", str(&held)]).collect();
+    assert!(place.fails(&flags).contains("rows.held-out.jsonl"));
+    assert!(held.is_file() && fs::read(&path).unwrap() == before && !place.path("rows.jsonl").exists());
 }
 
 #[test]

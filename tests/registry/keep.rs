@@ -185,7 +185,7 @@ fn a_flipped_byte_is_found_with_its_file_and_entry() {
     assert_eq!(place.json(&["registry", "verify"])["entries"], 3);
     for entry in ["rows", "support"] {
         let shown = place.json(&["registry", "show", entry]);
-        for file in shown["files"].as_array().unwrap() {
+        for (before, file) in shown["files"].as_array().unwrap().iter().enumerate() {
             let hash = file["sha256"].as_str().unwrap();
             let blob = place.registry().join("blobs").join(&hash[..2]).join(hash);
             let whole = fs::read(&blob).unwrap();
@@ -199,14 +199,113 @@ fn a_flipped_byte_is_found_with_its_file_and_entry() {
             fs::write(&blob, flipped).unwrap();
             let run = place.run(&["registry", "verify", "--json"]);
             let damage = &run.object()["damage"];
-            assert_eq!((run.code, damage.as_array().unwrap().len()), (1, 1), "{damage}");
-            assert!(damage[0]["entry"].as_str().unwrap().starts_with(entry), "{damage}");
-            assert!(damage[0]["file"].as_str().unwrap().contains(hash), "{damage}");
+            let found = damage.as_array().unwrap();
+            assert_eq!((run.code, found.len()), (1, before + 1), "{damage}");
+            assert!(found.iter().all(|one| one["entry"].as_str().unwrap().starts_with(entry)), "{damage}");
+            assert!(found.iter().any(|one| one["file"].as_str().unwrap().contains(hash)), "{damage}");
             let error = place.fails(&["registry", "export", entry, str(&place.path(&format!("out-{hash}")))]);
             assert!(error.contains("damaged"), "{error}");
-            fs::write(&blob, whole).unwrap();
+        }
+        // Registered anew, as `verify` advises, it is whole again, where it is used too.
+        let source = place.path(if entry == "rows" { "rows.jsonl" } else { "one" });
+        let again = place.json(&["registry", "add", entry, str(&source)]);
+        assert_eq!((&again["version"], &again["added"]), (&1.into(), &false.into()));
+        assert_eq!(place.json(&["registry", "verify"])["damage"], serde_json::json!([]));
+        let used = PathBuf::from(shown["path"].as_str().unwrap());
+        for file in shown["files"].as_array().unwrap() {
+            let name = file["path"].as_str().unwrap();
+            let [used, source] = [&used, &source].map(|at| if at.is_dir() { at.join(name) } else { at.clone() });
+            assert_eq!(fs::read(used).unwrap(), fs::read(source).unwrap());
         }
     }
+}
+
+#[test]
+fn a_rollback_finds_the_version_before_across_gaps() {
+    let place = Place::new();
+    for version in 1..=3 {
+        let rows = place.file("rows.jsonl", &format!("{{\"text\":\"{version}\"}}\n"));
+        place.json(&["registry", "add", "rows", str(&rows)]);
+    }
+    let point = |version: i64| place.json(&["registry", "alias", &format!("rows@{version}"), "champion"]);
+    let back = || {
+        let object = place.json(&["rollback", "rows"]);
+        (object["version"].as_i64().unwrap(), object["from"].as_i64())
+    };
+    assert!(place.fails(&["rollback", "rows"]).contains("no version was promoted yet"));
+    [1, 2, 3].map(point);
+    // Taken away, it comes back as it was; then the one before it, and the one before that.
+    place.json(&["registry", "alias", "rows", "champion", "--delete"]);
+    assert_eq!(back(), (3, None));
+    assert_eq!(back(), (2, Some(3)));
+    assert_eq!(back(), (1, Some(2)));
+    assert!(place.fails(&["rollback", "rows"]).contains("no way back"));
+    // Across a time without one.
+    place.json(&["registry", "alias", "rows", "champion", "--delete"]);
+    point(3);
+    assert_eq!(back(), (1, Some(3)));
+    // The version before is gone: the one before that is named.
+    [2, 3].map(point);
+    place.json(&["registry", "remove", "rows@2"]);
+    let error = place.fails(&["rollback", "rows"]);
+    assert!(error.contains("removed since") && error.contains("registry alias rows@1 champion"), "{error}");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_registry_that_cannot_be_written_can_be_used() {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::process::CommandExt;
+    let place = Place::new();
+    place.json(&["registry", "add", "tiny", str(model()), "--alias", "champion"]);
+    let text = place.file("text.txt", "the mill stands at the river, in the north.");
+    // Root may write anywhere: then it is tried as someone else, who must come by the program.
+    let program = place.path("handmill");
+    fs::copy(env!("CARGO_BIN_EXE_handmill"), &program).unwrap();
+    fs::set_permissions(place.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let mode = |bits: u32| {
+        let mut paths = vec![place.registry()];
+        while let Some(path) = paths.pop() {
+            // Files too: a linked one has the mode of what was registered, which may be its owner's alone.
+            let (folder, set) = (path.is_dir(), |bits| fs::set_permissions(&path, fs::Permissions::from_mode(bits)));
+            if folder {
+                set(bits | 0o200).unwrap();
+                paths.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+            }
+            set(if folder { bits } else { bits & 0o666 }).unwrap();
+        }
+    };
+    mode(0o555);
+    let root = fs::write(place.registry().join("probe"), "").is_ok();
+    let run = |args: &[&str]| {
+        let mut command = Command::new(&program);
+        command.args(args).env("HANDMILL_REGISTRY", place.registry()).current_dir(place.dir.path());
+        if root {
+            command.uid(65534).gid(65534);
+        }
+        let output = command.output().unwrap();
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        (output.status.code(), text(output.stdout), text(output.stderr))
+    };
+    let (code, listed, error) = run(&["registry", "list"]);
+    assert!(code == Some(0) && listed.contains("tiny@1"), "{error}");
+    let (code, told, error) = run(&["registry", "verify"]);
+    assert!(code == Some(0), "{told}{error}");
+    // What was asked for is done, and that no record is kept is said.
+    let eval = ["eval", "--model", "tiny@champion", "--text", str(&text), "--device", "cpu", "--json"];
+    let (code, figures, error) = run(&eval);
+    assert!(code == Some(0) && figures.contains("mean_nll") && error.contains("not recorded: "), "{error}");
+    // What would change it is refused in words.
+    for args in [
+        &["registry", "tag", "tiny", "a=b"][..],
+        &["registry", "gc"],
+        &["registry", "add", "rows", str(&text), "--kind", "dataset"],
+        &[&eval[..], &["--register", "x"]].concat(),
+    ] {
+        let (code, _, error) = run(args);
+        assert!(code == Some(1) && error.contains(str(&place.registry())), "{args:?}: {error}");
+    }
+    mode(0o755);
     assert_eq!(place.run(&["registry", "verify"]).code, 0);
 }
 
@@ -280,6 +379,7 @@ fn commands_leave_what_they_made_and_from_what() {
     place.json(&[&build[..], &["--register", "faq", "--device", "cpu"]].concat());
     let info = place.json(&["index", "info", "faq"]);
     assert_eq!(info["documents"], 1);
+    assert_eq!(place.json(&["registry", "show", "faq"])["bytes"], info["bytes"], "it has a size, though no files");
     let found = ["search", "--index", "faq", "--model", str(&embedder), "--query", "the mill", "--device", "cpu"];
     assert_eq!(place.json(&found)["hits"][0]["rank"], 1);
     // An index goes on changing, which is no damage; one that is broken is.

@@ -128,8 +128,23 @@ fn a_candidate_that_is_rated_badly_is_rolled_back_and_a_champion_is_not() {
         let reply = server.chat(&question("chat", "hello", json!({"user": format!("user {i}")})));
         assert!(reply.chat() != bad, "the champion answers");
     }
+    // An answer has one rating, the last, however often it is said.
+    let reply = server.chat(&question("back", "hello", json!({"user": "user 0"})));
+    let ratings = || {
+        let of = |arm: &Value| arm["feedback"]["n"].as_u64().unwrap_or(0);
+        arms(&server, 0).as_array().unwrap().iter().map(of).sum::<u64>()
+    };
+    let before = ratings();
+    for rating in ["up", "up", "down", "down", "up"] {
+        assert_eq!(server.post("/v1/feedback", &json!({"id": reply.json()["id"], "rating": rating})).status, 200);
+        assert_eq!(ratings(), before + 1);
+    }
+    let chat = arms(&server, 1);
+    let back = arms(&server, 0);
     drop(server);
     let again = Running::start(&flags);
+    assert_eq!(arms(&again, 0)[0]["feedback"], back[0]["feedback"]);
+    assert_eq!(arms(&again, 0)[1]["feedback"], back[1]["feedback"]);
     let kept = arms(&again, 1);
     assert_eq!(&kept[1]["rolled_back"], rollback, "a restart keeps it");
     assert_eq!(kept[1]["feedback"], chat[1]["feedback"], "and the ratings, from the log");
@@ -187,6 +202,31 @@ fn who_asks_again_meets_the_same_arm_and_the_shadow_answers_for_the_record() {
     assert!(good["value"] == 1.0 && good["low"].as_f64().unwrap() > 0.8, "{good}");
     let text = ab(&["--url", &url]);
     assert!(text.contains("good ratings") && text.contains("as a shadow"), "{text}");
+    // Figures end where their headings do.
+    let lines: Vec<&str> = text.lines().collect();
+    let end = |line: &str, word: &str| line.find(word).unwrap() + word.len();
+    let answers = live["aliases"][0]["arms"][0]["requests"].to_string();
+    assert_eq!(end(lines[1], "answers"), end(lines[2], &format!(" {answers} ")) - 1, "{text}");
+}
+
+#[test]
+fn an_arm_with_other_weights_is_another_arm() {
+    let root = files().join("adapters");
+    let flags = ["--alias", "chat=one:50,two:50", "--allow-admin", "--adapter-root", root.to_str().unwrap()];
+    let server = Running::start(&flags);
+    let arms = || server.status()["aliases"][0]["arms"].clone();
+    for i in 0..20 {
+        server.chat(&question("chat", "hello", json!({"user": format!("user {i}"), "max_tokens": 1})));
+    }
+    let before = arms();
+    assert!(before.as_array().unwrap().iter().all(|arm| arm["requests"].as_u64() > Some(0)), "{before}");
+    assert_eq!(server.call("DELETE", "/v1/adapters/two", "", b"").fault().0, 409, "it is in use");
+    let swap = |path: &str| server.post("/v1/adapters", &json!({"name": "two", "path": path, "replace": true}));
+    assert_eq!(swap("two").status, 200);
+    assert_eq!(arms(), before, "the same weights");
+    assert_eq!(swap("three").status, 200);
+    let after = arms();
+    assert_eq!((&after[0], &after[1]["requests"]), (&before[0], &json!(0)), "of the new ones nothing is known");
 }
 
 fn lines(path: &Path) -> Vec<Value> {

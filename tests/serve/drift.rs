@@ -33,7 +33,9 @@ fn questions_of_another_kind_are_noticed() {
         _ => json!({"instruction": alike(i), "output": "yes"}),
     };
     std::fs::write(&file, (0..96).map(|i| format!("{}\n", row(i))).collect::<String>()).unwrap();
-    let server = Running::start(&["--drift-reference", file.to_str().unwrap()]);
+    // What the shadow is asked was asked before, and is not counted again.
+    let shadow = ["--alias", "chat=one:1,two:0", "--shadow", "two"];
+    let server = Running::start(&[&["--drift-reference", file.to_str().unwrap()][..], &shadow].concat());
     let ask = |text: &str, model: &str| {
         let reply = server.chat(&question(model, text, json!({"max_tokens": 1})));
         assert_eq!(reply.status, 200, "{}", reply.body);
@@ -44,7 +46,9 @@ fn questions_of_another_kind_are_noticed() {
         server.until("the look is done", || drift()["questions"] == seen && !drift()["found"].is_null());
         drift()["found"].clone()
     };
-    (0..32).for_each(|i| ask(&alike(5 * i + 1), ["tiny", "tiny+docs"][i % 2]));
+    (0..32).for_each(|i| ask(&alike(5 * i + 1), ["tiny", "tiny+docs", "chat"][i % 3]));
+    let shadowed = || server.status()["aliases"][0]["arms"][1]["shadow_requests"].clone();
+    server.until("the shadow has answered all", || shadowed() == 10);
     let same = found(32);
     assert!(same["p_value"].as_f64().unwrap() > 0.05, "{same}");
     assert_eq!(gauge(&server, "questions"), 32.0);

@@ -31,7 +31,12 @@ fn faults_are_told_with_their_status_and_field() {
     let mut answer = String::new();
     let _ = stream.read_to_string(&mut answer);
     assert!(answer.starts_with("HTTP/1.1 413"), "{answer}");
-    assert_eq!(server.get("/v1/chat/completions").fault().0, 405);
+    let other = server.get("/v1/chat/completions");
+    assert_eq!((other.fault().0, other.head.contains("allow: post")), (405, true), "{}", other.head);
+    let embedder = server.chat(&question("words", "x", json!({})));
+    assert_eq!(embedder.fault(), (404, "model".into(), "model_not_found".into()));
+    assert!(embedder.body.contains("/v1/embeddings"), "{}", embedder.body);
+    assert_eq!(server.get("/v1/models/one%2Bdocs").json()["id"], "one+docs");
     assert_eq!(server.get("/etc/passwd").fault().0, 404);
     assert_eq!(server.get("/v1/models/../../etc/passwd").fault().0, 404);
     let feedback = server.post("/v1/feedback", &json!({"id": "nobody", "rating": 1}));
@@ -82,6 +87,24 @@ fn a_token_is_asked_for_everywhere_but_at_the_door() {
 }
 
 #[test]
+fn a_place_to_listen_that_cannot_be_had_is_told_at_once() {
+    let listen = |address: &str| {
+        let flags = ["serve", "--model", "/no/such/model", "--device", "cpu", "--listen", address];
+        let run = Command::new(env!("CARGO_BIN_EXE_handmill")).args(flags).output().unwrap();
+        (run.status.code(), String::from_utf8(run.stderr).unwrap())
+    };
+    let held = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let (code, error) = listen(&held.local_addr().unwrap().to_string());
+    assert!(code == Some(1) && error.contains("name another port with --listen"), "{error}");
+    let (code, error) = listen("localhost:0");
+    assert!(code == Some(1) && error.contains("/no/such/model"), "localhost is a place: {error}");
+    for address in ["8080", "mill:8080", "127.0.0.1:99999"] {
+        let (code, error) = listen(address);
+        assert!(code == Some(2) && error.contains("such as 127.0.0.1:8080"), "{address}: {error}");
+    }
+}
+
+#[test]
 fn adapters_come_and_go_from_below_the_root_only() {
     let closed = Running::start(&[]);
     let body = json!({"name": "new", "path": "one"});
@@ -113,6 +136,18 @@ fn adapters_come_and_go_from_below_the_root_only() {
     let loaded = server.post("/v1/adapters", &json!({"name": "new", "path": "copy"}));
     assert_eq!((loaded.status, loaded.json()["rank"].as_u64()), (201, Some(3)), "{}", loaded.body);
     assert_eq!(server.chat(&question("new", "hello", json!({}))).chat(), before);
+    // In the place of another only where that is said, and never in that of what is no adapter.
+    let two = server.chat(&question("two", "hello", json!({}))).chat();
+    assert!(two != before, "the adapters say different things");
+    let body = |name: &str, replace: Value| json!({"name": name, "path": "copy", "replace": replace});
+    assert_eq!(server.post("/v1/adapters", &body("two", json!(false))).fault().0, 409);
+    assert_eq!(server.post("/v1/adapters", &body("two", json!("yes"))).fault().1, "replace");
+    for name in ["tiny", "words"] {
+        assert_eq!(server.post("/v1/adapters", &body(name, json!(true))).fault().0, 409);
+    }
+    let swapped = server.post("/v1/adapters", &body("two", json!(true)));
+    assert_eq!((swapped.status, &swapped.json()["sha256"]), (200, &loaded.json()["sha256"]), "{}", swapped.body);
+    assert_eq!(server.chat(&question("two", "hello", json!({}))).chat(), before);
     assert_eq!(server.call("DELETE", "/v1/adapters/new", "", b"").status, 200);
     assert_eq!(server.call("DELETE", "/v1/adapters/new", "", b"").fault().0, 404);
     assert_eq!(server.chat(&question("new", "hello", json!({}))).fault().0, 404);

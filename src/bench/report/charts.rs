@@ -63,7 +63,8 @@ pub fn roofline(rows: &[&Row]) -> Option<String> {
     if points.is_empty() || peak <= 0.0 || memory <= 0.0 {
         return None;
     }
-    let xs = points.iter().map(|p| p.0).chain([peak / memory]);
+    // Right of the last knee there is room for the names of the levels, which the slope would cross.
+    let xs = points.iter().map(|p| p.0).chain([20.0 * peak / memory]);
     let (left, right) = widened(xs);
     // Above the highest line there is room for its name.
     let (low, high) = widened(points.iter().map(|p| p.1).chain([NEAR * peak]));

@@ -24,7 +24,7 @@ pub fn facts(row: &Row) -> String {
 
 /// Writes both files.
 pub fn write(out: &Path, rows: &[Row], contests: &[Contest]) -> Result<(), Error> {
-    std::fs::create_dir_all(out).map_err(|cause| Error::io(out, cause))?;
+    aside::folder(out)?;
     aside::write(&out.join("bench.md"), text(rows, contests).as_bytes())?;
     aside::write(&out.join("bench.html"), page(rows, contests).as_bytes())
 }

@@ -69,7 +69,7 @@ pub async fn chat(server: Arc<Server>, headers: &HeaderMap, body: &Value) -> Res
     let (server, route) = (work.server.clone(), work.route.clone());
     work = blocking(move || {
         let Source::Chat(chat) = &work.source else { return Ok(work) };
-        let ready = server.prepare_chat(chat, &route.target)?;
+        let ready = server.prepare_chat(chat, &route.target, false)?;
         if !(ready.ids.is_empty() && ready.citations.is_some()) {
             work.plans = work.chat_plans(chat, &route.target, &ready);
         }
@@ -506,7 +506,7 @@ impl Work {
             let prepared = blocking(move || {
                 let (plans, citations) = match &work.source {
                     Source::Chat(chat) => {
-                        let ready = work.server.prepare_chat(chat, &to)?;
+                        let ready = work.server.prepare_chat(chat, &to, true)?;
                         (work.chat_plans(chat, &to, &ready), ready.citations)
                     }
                     Source::Text(completion) => (work.text_plans(completion, &to)?.0, None),

@@ -22,11 +22,13 @@ pub struct ApiError {
     pub param: Option<String>,
     /// For people: what is wrong and what to do.
     pub message: String,
+    /// Of 405: the methods that the route is asked with.
+    pub allow: Option<&'static str>,
 }
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, code: Option<&'static str>, message: String) -> ApiError {
-        ApiError { status, kind, code, param: None, message }
+        ApiError { status, kind, code, param: None, message, allow: None }
     }
 
     /// 400: a field is not what it must be.
@@ -106,6 +108,11 @@ impl IntoResponse for ApiError {
         match self.status {
             StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => {
                 headers.insert(header::RETRY_AFTER, RETRY_AFTER);
+            }
+            StatusCode::METHOD_NOT_ALLOWED => {
+                if let Some(method) = self.allow.and_then(|method| HeaderValue::from_str(method).ok()) {
+                    headers.insert(header::ALLOW, method);
+                }
             }
             StatusCode::UNAUTHORIZED => {
                 headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));

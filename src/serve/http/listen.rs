@@ -31,8 +31,7 @@ pub async fn serve(
 ) -> io::Result<()> {
     let (close, closing) = watch::channel(false);
     let places = Arc::new(Semaphore::new(server.limits.connections));
-    let accepting = accept(server.clone(), listener, places.clone(), closing);
-    tokio::pin!(accepting);
+    let mut accepting = Box::pin(accept(server.clone(), listener, places.clone(), closing));
     tokio::select! {
         result = &mut accepting => return result,
         () = stop => {}
@@ -50,6 +49,7 @@ pub async fn serve(
         () = idle => {}
     }
     close.send_replace(true);
+    drop(accepting); // with the place that it keeps for the next connection
     let late = Instant::now() + LAST_BYTES;
     while places.available_permits() < server.limits.connections && Instant::now() < late {
         tokio::time::sleep(LOOK).await;

@@ -148,14 +148,14 @@ pub struct Arm {
 #[derive(Default)]
 pub struct Recent(Mutex<Answers>);
 
-/// Answers by id, and their ids in order.
-type Answers = (HashMap<String, Option<Arm>>, VecDeque<String>);
+/// Answers by id, each with its arm and its rating, and their ids in order.
+type Answers = (HashMap<String, (Option<Arm>, Option<bool>)>, VecDeque<String>);
 
 impl Recent {
     /// Remembers an answer.
     pub fn add(&self, id: &str, arm: Option<Arm>) {
         let (map, order) = &mut *self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if map.insert(id.to_string(), arm).is_none() {
+        if map.insert(id.to_string(), (arm, None)).is_none() {
             order.push_back(id.to_string());
         }
         while order.len() > REMEMBERED {
@@ -165,7 +165,13 @@ impl Recent {
 
     /// The arm of an answer; none: there is no such answer.
     pub fn arm(&self, id: &str) -> Option<Option<Arm>> {
-        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).0.get(id).cloned()
+        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).0.get(id).map(|(arm, _)| arm.clone())
+    }
+
+    /// Keeps an answer's rating; gives the one it had.
+    pub fn rate(&self, id: &str, good: bool) -> Option<bool> {
+        let (map, _) = &mut *self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        map.get_mut(id).and_then(|(_, rating)| rating.replace(good))
     }
 }
 
@@ -205,6 +211,8 @@ mod tests {
         let arm = Arm { alias: "a".into(), model: "m".into() };
         recent.add("first", Some(arm.clone()));
         assert_eq!(recent.arm("first"), Some(Some(arm)));
+        assert_eq!((recent.rate("first", true), recent.rate("first", false)), (None, Some(true)));
+        assert_eq!((recent.rate("first", true), recent.rate("gone", true)), (Some(false), None));
         (0..REMEMBERED).for_each(|i| recent.add(&i.to_string(), None));
         assert_eq!((recent.arm("first"), recent.arm("7")), (None, Some(None)));
     }

@@ -69,12 +69,34 @@ impl Server {
     /// Who answers: `key` is whoever asks, so that an alias gives them the same arm again.
     pub fn route(&self, asked: &str, key: &str) -> Result<Route, ApiError> {
         if let Some(choice) = self.canary.choose(asked, key) {
-            let target = self.target(&choice.model).ok_or_else(|| ApiError::no_model(&choice.model))?;
+            let target = self.target(&choice.model).ok_or_else(|| self.no_text_model(&choice.model))?;
             let shadow = choice.shadow.and_then(|shadow| self.target(&shadow));
             return Ok(Route { asked: asked.into(), alias: Some(asked.into()), target, shadow });
         }
-        let target = self.target(asked).ok_or_else(|| ApiError::no_model(asked))?;
+        let target = self.target(asked).ok_or_else(|| self.no_text_model(asked))?;
         Ok(Route { asked: asked.into(), alias: None, target, shadow: None })
+    }
+
+    /// 404: this model answers with no text, or is not here.
+    fn no_text_model(&self, name: &str) -> ApiError {
+        let error = ApiError::no_model(name);
+        match self.retrieval.as_ref().is_some_and(|retrieval| retrieval.name == name) {
+            true => ApiError { message: format!("{name} embeds texts and writes none: POST /v1/embeddings"), ..error },
+            false => error,
+        }
+    }
+
+    /// 404: this model embeds nothing, or is not here.
+    pub fn no_embedding_model(&self, name: &str) -> ApiError {
+        let error = ApiError::no_model(name);
+        if !super::routes::models(self).iter().any(|(id, _)| id == name) {
+            return error;
+        }
+        let message = match &self.retrieval {
+            Some(retrieval) => format!("{name} writes text; the model for embeddings is {}", retrieval.name),
+            None => format!("{name} writes text; for embeddings the server is started with --embed-model"),
+        };
+        ApiError { message, ..error }
     }
 
     /// Tokens that an answer may have, at most what the context leaves beside the prompt where nobody says how many.
@@ -83,8 +105,9 @@ impl Server {
         asked.max_tokens.unwrap_or(default.min(left))
     }
 
-    /// A conversation's tokens, its last question with passages where an index is asked.
-    pub fn prepare_chat(&self, chat: &Chat, target: &Target) -> Result<Ready, ApiError> {
+    /// A conversation's tokens, its last question with passages where an index is asked. What a shadow is asked has
+    /// been counted when the other was.
+    pub fn prepare_chat(&self, chat: &Chat, target: &Target, shadow: bool) -> Result<Ready, ApiError> {
         // Nobody vouches for what clients send: it must not end a turn or open another.
         let safe = |m: &Message| Message::new(m.role.clone(), defuse(&m.content, &self.special));
         let mut messages: Vec<Message> = chat.messages.iter().map(safe).collect();
@@ -94,7 +117,7 @@ impl Server {
             let Some(last) = last else {
                 return Err(ApiError::param("messages", "an index is asked with a message of the user's"));
             };
-            let mut found = self.search(name, &chat.messages[last].content)?;
+            let mut found = self.search(name, &chat.messages[last].content, shadow)?;
             // An adapter is asked as it was trained.
             let adapters = self.engine.adapters();
             let adapter = adapters.into_iter().find(|adapter| Some(&adapter.name) == target.adapter.as_ref());
@@ -102,7 +125,9 @@ impl Server {
             found.passages.truncate(trained.as_ref().map_or(usize::MAX, |layout| layout.passages));
             let layout = trained.unwrap_or_default();
             if found.passages.is_empty() {
-                self.metrics.refusals.with_label_values(&[name]).inc();
+                if !shadow {
+                    self.metrics.refusals.with_label_values(&[name]).inc();
+                }
                 return Ok(Ready { ids: Vec::new(), citations: Some(json!([])) });
             }
             let mut frame = messages.clone();
@@ -120,7 +145,7 @@ impl Server {
             }
             messages[last].content = prompt.message;
             ready.citations = Some(citations(&found.passages[..prompt.used]));
-        } else if let (Some(watch), Some(last), Some(retrieval)) = (&self.drift, last, &self.retrieval) {
+        } else if let (false, Some(watch), Some(last), Some(retrieval)) = (shadow, &self.drift, last, &self.retrieval) {
             match retrieval.embed(&chat.messages[last].content) {
                 Ok(question) => watch.see(&question),
                 Err(error) => log::warn!("drift: {error}"),
@@ -130,15 +155,17 @@ impl Server {
         Ok(ready)
     }
 
-    fn search(&self, index: &str, question: &str) -> Result<Found, ApiError> {
+    fn search(&self, index: &str, question: &str, shadow: bool) -> Result<Found, ApiError> {
         let retrieval = self.retrieval.as_ref().ok_or_else(|| ApiError::no_model(index))?;
         let found = retrieval.search(index, question).map_err(|error| {
             log::error!("index {index}: {error}");
             ApiError::internal("the index could not be searched: see the server's log")
         })?;
-        found.best.iter().for_each(|&best| self.metrics.scored(index, best));
-        if let Some(watch) = &self.drift {
-            watch.see(&found.question);
+        if !shadow {
+            found.best.iter().for_each(|&best| self.metrics.scored(index, best));
+            if let Some(watch) = &self.drift {
+                watch.see(&found.question);
+            }
         }
         Ok(found)
     }

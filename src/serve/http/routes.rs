@@ -79,7 +79,9 @@ async fn dispatch(
     };
     if *method != wanted && !(*method == Method::HEAD && wanted == Method::GET) {
         let what = format!("this route is asked with {wanted}");
-        return Err(ApiError::refused(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", what));
+        let allow = [(Method::POST, "POST"), (Method::DELETE, "DELETE")].into_iter().find(|(one, _)| *one == wanted);
+        let error = ApiError::refused(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", what);
+        return Err(ApiError { allow: Some(allow.map_or("GET, HEAD", |(_, word)| word)), ..error });
     }
     if path == "/" {
         return Ok(page::page(server));
@@ -112,15 +114,27 @@ async fn dispatch(
         }
         "/v1/status" => Ok(axum::Json(status(server)).into_response()),
         _ => match path.strip_prefix("/v1/adapters/") {
-            Some(name) => unload(server.clone(), name).await,
+            Some(name) => unload(server.clone(), &unescape(name)).await,
             None => {
-                let name = path.trim_start_matches("/v1/models/");
-                let found = models(server).into_iter().find(|(id, _)| id == name);
-                let (id, kind) = found.ok_or_else(|| ApiError::no_model(name))?;
+                let name = unescape(path.trim_start_matches("/v1/models/"));
+                let found = models(server).into_iter().find(|(id, _)| *id == name);
+                let (id, kind) = found.ok_or_else(|| ApiError::no_model(&name))?;
                 Ok(axum::Json(model(server, &id, kind)).into_response())
             }
         },
     }
+}
+
+/// A name in a path, where clients may write `%2B` for a plus.
+fn unescape(text: &str) -> String {
+    let (mut bytes, mut rest) = (Vec::with_capacity(text.len()), text.as_bytes());
+    while let [first, after @ ..] = rest {
+        let digit = |at: usize| char::from(*after.get(at)?).to_digit(16).filter(|_| *first == b'%');
+        let escaped = digit(0).zip(digit(1)).map(|(high, low)| (16 * high + low) as u8);
+        bytes.push(escaped.unwrap_or(*first));
+        rest = if escaped.is_some() { &after[2..] } else { after };
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// An open server answers only to this machine's names: else a page of another origin, whose name leads here, could ask.
@@ -262,7 +276,7 @@ async fn embeddings(server: Arc<Server>, body: &Value) -> Result<Response, ApiEr
         return Err(ApiError::draining());
     }
     let retrieval = server.retrieval.clone().filter(|retrieval| retrieval.name == asked.model);
-    let retrieval = retrieval.ok_or_else(|| ApiError::no_model(&asked.model))?;
+    let retrieval = retrieval.ok_or_else(|| server.no_embedding_model(&asked.model))?;
     let deadline = std::time::Instant::now() + server.limits.timeout;
     blocking(move || {
         let (mut data, mut tokens) = (Vec::new(), 0);
@@ -298,9 +312,12 @@ async fn feedback(server: &Arc<Server>, body: &Value) -> Result<Response, ApiErr
     asked.correction.iter().for_each(|text| feedback["correction"] = json!(text));
     asked.comment.iter().for_each(|text| feedback["comment"] = json!(text));
     server.log(json!({"id": asked.id, "time": now(), "feedback": feedback})).await?;
-    if let Some(arm) = arm {
+    // An answer has one rating, the last: who says it again says nothing new.
+    let good = asked.rating > 0;
+    let before = server.recent.rate(&asked.id, good);
+    if let Some(arm) = arm.filter(|_| before != Some(good)) {
         server.metrics.rated(&arm.alias, &arm.model, asked.rating);
-        if let Some(event) = server.canary.feedback(&arm.alias, &arm.model, asked.rating) {
+        if let Some(event) = server.canary.feedback(&arm.alias, &arm.model, before, good) {
             server.metrics.rolled_back(&event);
         }
     }
@@ -329,11 +346,15 @@ async fn load(server: Arc<Server>, body: &Value) -> Result<Response, ApiError> {
         let what = format!("name is 1 to {MAX_NAME} of a-z, A-Z, 0-9, '.', '_', '-', a letter or digit first");
         return Err(ApiError::param("name", what));
     }
-    if models(&server).iter().any(|(id, _)| *id == name) {
-        let error = ApiError::refused(StatusCode::CONFLICT, "name_taken", format!("there is a model {name} already"));
+    let taken = models(&server).into_iter().find(|(id, _)| *id == name).map(|(_, kind)| kind);
+    let replaced = taken == Some("adapter") && fields.flag("replace")?;
+    if let Some(kind) = taken.filter(|_| !replaced) {
+        let hint = if kind == "adapter" { ": \"replace\": true puts this one in its place" } else { "" };
+        let what = format!("there is a model {name} already{hint}");
+        let error = ApiError::refused(StatusCode::CONFLICT, "name_taken", what);
         return Err(ApiError { param: Some("name".into()), ..error });
     }
-    if server.engine.adapters().len() >= MAX_ADAPTERS {
+    if !replaced && server.engine.adapters().len() >= MAX_ADAPTERS {
         return Err(ApiError::refused(StatusCode::CONFLICT, "too_many", "unload an adapter first"));
     }
     let path = within(&root, &path)
@@ -341,9 +362,11 @@ async fn load(server: Arc<Server>, body: &Value) -> Result<Response, ApiError> {
     blocking(move || {
         let loaded = server.engine.load_adapter(&name, &path);
         let info = loaded.map_err(|error| ApiError::param("path", error.to_string()))?;
+        server.canary.renewed(&name, &info.sha256);
         log::info!("adapter {name} is loaded");
         let object = json!({"name": info.name, "sha256": info.sha256, "rank": info.rank, "bytes": info.bytes});
-        Ok((StatusCode::CREATED, axum::Json(object)).into_response())
+        let status = if replaced { StatusCode::OK } else { StatusCode::CREATED };
+        Ok((status, axum::Json(object)).into_response())
     })
     .await
 }
@@ -404,6 +427,13 @@ mod tests {
         }
         for path in [".", "/", "nowhere", "good\0", "~", "good/../..", "%2e%2e/outside"] {
             assert!(within(&root, path).is_none(), "{path}");
+        }
+    }
+
+    #[test]
+    fn escapes_in_a_path_are_read() {
+        for (text, name) in [("a%2Bb", "a+b"), ("a+b", "a+b"), ("%2b%", "+%"), ("%zz%4", "%zz%4"), ("%+1", "%+1")] {
+            assert_eq!(unescape(text), name, "{text}");
         }
     }
 

@@ -126,7 +126,8 @@ impl<'a> Fields<'a> {
         self.text(name)?.ok_or_else(|| ApiError::param(name, format!("{name} is missing")))
     }
 
-    fn flag(&self, name: &str) -> Result<bool, ApiError> {
+    /// True or false; false where it is not there.
+    pub fn flag(&self, name: &str) -> Result<bool, ApiError> {
         match self.get(name) {
             None => Ok(false),
             Some(value) => value.as_bool().ok_or_else(|| ApiError::param(name, format!("{name} is true or false"))),
