@@ -491,7 +491,7 @@ pub fn row_invariant(spec: &OpSpec, kernel: &Kernel) -> bool {
 type Invariants = &'static [(&'static str, &'static [&'static str])];
 
 const INVARIANT_RUST: Invariants = &[
-    ("qmatmul", &["naive", "rows", "rows_avx2", "rows_avx512", "vnni", "amx_codes"]),
+    ("qmatmul", &["naive", "rows", "rows_avx2", "rows_avx512", "vnni", "amx_codes", "amx_rows"]),
     ("embedding", &["rows"]),
     ("rmsnorm", &["rows"]),
     ("rope", &["rows"]),

@@ -1,5 +1,6 @@
-//! `qmatmul` of codes on AMX tiles, for any number of rows of x: a code is a small integer, so one bf16 holds it, and
-//! its group's scale can wait for the group's product.
+//! `qmatmul` on AMX tiles for any number of rows of x. A code is a small integer, so one bf16 holds it, and its group's
+//! scale can wait for the group's product (`amx_codes`). Plain weights are one, two or three bf16 and have no scales
+//! (`amx_rows`).
 //!
 //! ```text
 //! x = h + m + l                              three bf16 to a number, without loss (crate::ops::amx); once a launch
@@ -11,8 +12,8 @@
 //!     y[m,n] += bias[n] + s · Σ S[m,r]·B[n,r]
 //! ```
 //!
-//! 1. q4 takes three products where two f32 numbers take six; q8 takes six, as 16·(its high half) + its low half, and
-//!    so do the levels of nf4, which are three bf16 each.
+//! 1. q4 and bf16 take three products where two f32 numbers take six; q8 takes six, as 16·(its high half) + its low
+//!    half, and so do f16, two bf16 each, the levels of nf4 and f32, three each.
 //! 2. W is B, so that few rows of x are few rows of A and C: a product's cycles are A's rows. A word of B holds two
 //!    columns of one row of W, and a row's four bytes are eight 4-bit codes: 16 rows' words side by side, shifted and
 //!    looked up 16 bits at a time, are four rows of B. No code is moved on its own; the columns of x lie in the order
@@ -20,10 +21,12 @@
 //! 3. A row of y is summed in one order however many rows there are, and wherever it lies: batch-invariant.
 
 mod codes;
+mod plain;
 mod product;
 mod rows;
 
 use self::codes::{Bytes, Codes, Levels, Nibbles};
+use self::plain::{Bf16, F16, F32};
 use self::product::{multiply, Pair};
 use self::rows::{Rows, Vectors, READ, STRIP};
 use super::args::{arguments, Args};
@@ -92,6 +95,11 @@ pub fn supports(d: &Dims, caps: &Caps) -> bool {
     caps.simd >= Simd::Amx && d.get("G").is_none_or(|group| group % DEPTH == 0) && (d["M"] > 2 || caps.batch_invariant)
 }
 
+/// The same for plain weights: whole tiles of columns.
+pub fn supports_plain(d: &Dims, caps: &Caps) -> bool {
+    caps.simd >= Simd::Amx && d["K"].is_multiple_of(DEPTH) && (d["M"] > 2 || caps.batch_invariant)
+}
+
 /// The launch.
 pub fn launch(word: &str, d: &Dims, args: &mut [Slice<'_>]) {
     let a = arguments(word, d, args);
@@ -99,7 +107,9 @@ pub fn launch(word: &str, d: &Dims, args: &mut [Slice<'_>]) {
         Weights::Q4 { codes, .. } => run(&a, codes, Nibbles),
         Weights::Q8 { codes, .. } => run(&a, bytemuck::cast_slice(codes), Bytes),
         Weights::Nf4 { codes, .. } | Weights::Nf4Dq { codes, .. } => run(&a, codes, Levels),
-        Weights::F32 { .. } | Weights::F16 { .. } | Weights::Bf16 { .. } => unreachable!("weights without codes"),
+        Weights::Bf16 { w } => run(&a, bytemuck::cast_slice(w), Bf16),
+        Weights::F16 { w } => run(&a, bytemuck::cast_slice(w), F16),
+        Weights::F32 { w } => run(&a, bytemuck::cast_slice(w), F32),
     }
 }
 
@@ -107,9 +117,12 @@ fn run<C: Codes>(a: &Args<'_>, codes: &[u8], how: C) {
     if a.m == 0 || a.n == 0 {
         return;
     }
-    let span = a.w.group() / DEPTH;
     let depth = a.k / DEPTH;
-    let unit = (STEPS.min(UNPACKED / (2 * C::TILES)) / span).max(1) * span;
+    let most = STEPS.min(UNPACKED / (2 * C::TILES));
+    // Plain weights: as many columns at a time as fit, the same number each time.
+    let span =
+        if a.w.group() > 1 { a.w.group() / DEPTH } else { (1..=most).rev().find(|s| depth % s == 0).unwrap_or(1) };
+    let unit = (most / span).max(1) * span;
     assert!(codes.len() == a.n * depth * C::BYTES && depth.is_multiple_of(span));
     let work = Work { a, codes, how, depth, span, unit };
 
@@ -202,18 +215,19 @@ impl<C: Codes> Work<'_, C> {
         let codes = Rows::new(self.codes, self.depth * C::BYTES, n, codes);
         let (scales, mins) = match a.w {
             Weights::Q4 { scales: s, mins: m, .. } | Weights::Q8 { scales: s, mins: Some(m), .. } => {
-                (Rows::of_scales(s, groups, n, scales), Some(Rows::of_scales(m, groups, n, mins)))
+                (Some(Rows::of_scales(s, groups, n, scales)), Some(Rows::of_scales(m, groups, n, mins)))
             }
-            Weights::Q8 { scales: s, mins: None, .. } => (Rows::of_scales(s, groups, n, scales), None),
-            Weights::Nf4 { absmax, .. } => (Rows::of_scales(Scales::Full(absmax), groups, n, scales), None),
-            _ => {
+            Weights::Q8 { scales: s, mins: None, .. } => (Some(Rows::of_scales(s, groups, n, scales)), None),
+            Weights::Nf4 { absmax, .. } => (Some(Rows::of_scales(Scales::Full(absmax), groups, n, scales)), None),
+            Weights::Nf4Dq { .. } => {
                 of_codes.resize(of_codes.len().max(STRIP * groups), 0.0);
                 let used = &mut of_codes[..STRIP.min(a.n - n) * groups];
                 for_simd(Simd::Avx512, ReadScales { w: &a.w, first: n, groups, scales: used });
-                (Rows::of_scales(Scales::Full(used), groups, 0, scales), None)
+                (Some(Rows::of_scales(Scales::Full(used), groups, 0, scales)), None)
             }
+            Weights::F32 { .. } | Weights::F16 { .. } | Weights::Bf16 { .. } => (None, None),
         };
-        let [mut scale_vectors, mut min_vectors] = [const { Vectors([[0.0; STRIP]; READ]) }; 2];
+        let [mut scale_vectors, mut min_vectors] = [1.0, 0.0].map(|of_all| Vectors([[of_all; STRIP]; READ]));
         for first in (0..self.depth).step_by(self.unit) {
             let steps = self.unit.min(self.depth - first);
             for step in 0..steps {
@@ -230,7 +244,9 @@ impl<C: Codes> Work<'_, C> {
             let group = first / self.span;
             let count = steps / self.span;
             if group.is_multiple_of(READ) {
-                scales.read(group, &mut scale_vectors);
+                if let Some(scales) = scales {
+                    scales.read(group, &mut scale_vectors);
+                }
                 if let Some(mins) = mins {
                     mins.read(group, &mut min_vectors);
                 }

@@ -9,6 +9,7 @@
 //! | `rows` | a row of W is decoded in registers as it streams by and meets every x: no decoded W in memory | M ≤ 16 |
 //! | `vnni` | whole numbers: codes meet the bytes of x, 64 products an instruction ([`super::vnni`]) | M ≤ 16, q4, q8 |
 //! | `amx_codes` | codes on tiles as they are, scales on their products | codes, where there are tiles |
+//! | `amx_rows` | plain weights on tiles in the same way ([`super::amx_codes`]) | the others there |
 //!
 //! ```text
 //! rows:  for n in 0..N, threads side by side
@@ -44,7 +45,7 @@ const SERIAL: usize = 1 << 16;
 
 /// A format's three rungs in three instruction sets.
 macro_rules! kernels {
-    ($name:ident, $word:literal $(, codes on $codes:ident)? $(, bytes on $vnni:ident)?) => {
+    ($name:ident, $word:literal, $tiles:literal, $supports:ident $(, $vnni:ident)?) => {
         pub const $name: &[Kernel] = &[
             rung(concat!("qmatmul_", $word, "_naive"), |d, a| naive($word, d, a), always),
             rung(concat!("qmatmul_", $word, "_gemm"), |d, a| gemm($word, Simd::Portable, d, a), always),
@@ -59,20 +60,22 @@ macro_rules! kernels {
                 #[cfg(target_arch = "x86_64")]
                 rung(concat!("qmatmul_", $word, "_vnni"), |d, a| super::$vnni::launch($word, d, a), super::$vnni::supports),
             )?
-            $(
-                #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-                rung(concat!("qmatmul_", $word, "_amx_codes"), |d, a| super::$codes::launch($word, d, a), super::$codes::supports),
-            )?
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            rung(
+                concat!("qmatmul_", $word, $tiles),
+                |d, a| super::amx_codes::launch($word, d, a),
+                super::amx_codes::$supports,
+            ),
         ];
     };
 }
-kernels!(KERNELS_F32, "f32");
-kernels!(KERNELS_F16, "f16");
-kernels!(KERNELS_BF16, "bf16");
-kernels!(KERNELS_Q4, "q4", codes on amx_codes, bytes on vnni);
-kernels!(KERNELS_Q8, "q8", codes on amx_codes, bytes on vnni);
-kernels!(KERNELS_NF4, "nf4", codes on amx_codes);
-kernels!(KERNELS_NF4DQ, "nf4dq", codes on amx_codes);
+kernels!(KERNELS_F32, "f32", "_amx_rows", supports_plain);
+kernels!(KERNELS_F16, "f16", "_amx_rows", supports_plain);
+kernels!(KERNELS_BF16, "bf16", "_amx_rows", supports_plain);
+kernels!(KERNELS_Q4, "q4", "_amx_codes", supports, vnni);
+kernels!(KERNELS_Q8, "q8", "_amx_codes", supports, vnni);
+kernels!(KERNELS_NF4, "nf4", "_amx_codes", supports);
+kernels!(KERNELS_NF4DQ, "nf4dq", "_amx_codes", supports);
 
 const fn rung(stem: &'static str, body: fn(&Dims, &mut [Slice<'_>]), supports: fn(&Dims, &Caps) -> bool) -> Kernel {
     Kernel { stem, source: Source::Rust(body), act: Dtype::F32, launch: no_grid, supports }

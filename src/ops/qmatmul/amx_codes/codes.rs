@@ -1,11 +1,11 @@
-//! How 16 rows of codes become tiles of B.
+//! How 16 rows of W become tiles of B: the trait, and codes.
 
 use crate::ops::amx::{Tile, DEPTH, PARTS};
 use crate::quant::nf4::LEVELS;
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-/// How 16 rows of 4-bit or 8-bit codes become tiles of B.
+/// How 16 rows of a format become tiles of B.
 pub(super) trait Codes: Copy + Sync {
     /// Tiles of B for 32 columns of 16 rows.
     const TILES: usize;
@@ -198,7 +198,7 @@ unsafe fn look_up(words: __m512i, table: __m512i, out: *mut Tile, row: usize) {
 
 #[target_feature(enable = "avx512f")]
 #[inline]
-unsafe fn store_row(tile: *mut Tile, row: usize, values: __m512i) {
+pub(super) unsafe fn store_row(tile: *mut Tile, row: usize, values: __m512i) {
     // SAFETY: a tile has 16 rows of 64 bytes, aligned to 64.
     unsafe { _mm512_store_si512(tile.cast::<__m512i>().add(row), values) }
 }
