@@ -246,7 +246,14 @@ impl Registry {
     fn has(&self, name: &str) -> Result<String, Error> {
         let entries = self.list(None, Some(name))?;
         if entries.is_empty() {
-            return Ok("`handmill registry list` shows what it has, `handmill registry add` registers more".into());
+            let mut names: Vec<String> = self.list(None, None)?.into_iter().map(|entry| entry.name).collect();
+            names.dedup();
+            let more = if names.len() > super::TOLD { ", .." } else { "" };
+            names.truncate(super::TOLD);
+            return Ok(match names.is_empty() {
+                true => "it has nothing yet, `handmill registry add NAME PATH` registers something".into(),
+                false => format!("its names are {}{more}", names.join(", ")),
+            });
         }
         let one = |entry: &Entry| {
             let aliases: String = entry.aliases.iter().map(|alias| format!(", @{alias}")).collect();
