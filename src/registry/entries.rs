@@ -29,8 +29,8 @@ pub struct Entry {
     pub kind: Kind,
     /// Of its bytes: of its file, or of the list of its files.
     pub sha256: String,
-    /// The hash by which others speak of it: a model's as [`model_sha256`] gives it, an adapter's weights', else
-    /// `sha256`.
+    /// The hash by which others speak of it: a model's as [`model_sha256`](crate::model::adapter::model_sha256) gives
+    /// it, an adapter's weights', else `sha256`.
     pub identity: String,
     /// True for a directory.
     pub directory: bool,
