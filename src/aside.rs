@@ -70,6 +70,21 @@ impl Drop for Aside {
     }
 }
 
+/// True where both names are of one file.
+pub fn same_file(a: &Path, b: &Path) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let id = |path: &Path| std::fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).ok();
+        id(a).is_some() && id(a) == id(b)
+    }
+    #[cfg(not(unix))]
+    {
+        let real = |path: &Path| std::fs::canonicalize(path).ok();
+        real(a).is_some() && real(a) == real(b)
+    }
+}
+
 /// Makes a directory to write into, where there is none.
 pub fn folder(path: &Path) -> Result<(), Error> {
     std::fs::create_dir_all(path).map_err(|cause| match cause.kind() {

@@ -93,8 +93,8 @@ impl Error {
     }
 }
 
-/// Text from a file, made fit for one line of a message: at most 96 characters, control characters escaped; quotation
-/// marks, which end nothing there, stay.
+/// Text from a file, made fit for one line of a message: at most 96 characters, control characters escaped; an
+/// apostrophe, which ends nothing there, stays.
 pub fn quote(text: &str) -> String {
     shorten(text, 96)
 }
@@ -103,7 +103,7 @@ fn shorten(text: &str, max: usize) -> String {
     let mut short = String::new();
     for c in text.chars().take(max) {
         match c {
-            '\'' | '"' => short.push(c),
+            '\'' => short.push(c),
             c => short.extend(c.escape_debug()),
         }
     }

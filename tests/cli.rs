@@ -273,6 +273,8 @@ fn bad_input_is_told_in_words_with_the_right_exit_code() {
         (&["eval", "--model", &model, "--text", &lines, "--max-tokens", "1"], 2, &["--max-tokens"]),
         (&["embed", "--model", &model, "--lines", &lines, "--out", &out], 1, &["Q4_1.gguf", "Hugging Face directory"]),
         (&["embed", "--model", &minilm, "--lines", &lines, "--out", &nowhere], 1, &["nowhere/x.npy"]),
+        (&["embed", "--model", &minilm, "--lines", &lines, "--out", &lines], 2, &["written over"]),
+        (&["eval", "--model", &model, "--text", &lines, "--logprobs", &lines], 2, &["written over"]),
         (&["embed", "--model", &minilm, "--lines", &lines, "--out", &empty], 1, &["empty", "is a directory"]),
         (&["quantize", "--model", &truncated, "--format", "q8", "--out", &out], 1, &["truncated.gguf"]),
         (&["quantize", "--model", &minilm, "--format", "q8", "--out", &out], 1, &["minilm", "encoder"]),

@@ -215,19 +215,22 @@ fn place(error: &serde_json::Error) -> String {
 pub struct Log {
     path: PathBuf,
     file: std::fs::File,
+    /// Keeps a second run from the folder.
+    _lock: std::fs::File,
 }
 
 impl Log {
-    /// Begins `folder`'s file anew; what it held is kept beside it as `bench.jsonl.before`.
+    /// Begins `folder`'s file anew; what it held is kept beside it as `bench.jsonl.before`. An error where another run
+    /// is writing there.
     pub fn create(folder: &Path) -> Result<Log, Error> {
-        crate::aside::folder(folder)?;
+        let lock = crate::train::run::lock(folder)?;
         let path = folder.join(FILE);
         if path.exists() {
             let before = folder.join(format!("{FILE}.before"));
             std::fs::rename(&path, &before).map_err(|cause| Error::io(&before, cause))?;
         }
         let file = std::fs::File::create(&path).map_err(|cause| Error::io(&path, cause))?;
-        Ok(Log { path, file })
+        Ok(Log { path, file, _lock: lock })
     }
 
     /// Appends a row.

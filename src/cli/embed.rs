@@ -10,7 +10,7 @@ use handmill::model::weights::LoadOptions;
 use handmill::npy;
 use serde_json::json;
 
-use super::{note, peak_bytes, print_json, progress, read_text, spinner, Common, ModelFlag, Precision};
+use super::{not_over, note, peak_bytes, print_json, progress, read_text, spinner, Common, ModelFlag, Precision};
 
 /// Lines embedded between two steps of the progress bar: enough to sort into batches of like lengths.
 const GROUP: usize = 1024;
@@ -37,6 +37,7 @@ pub struct Embed {
 
 impl Embed {
     pub fn run(&self) -> Result<()> {
+        not_over(&self.out, &self.lines)?;
         let text = read_text(&self.lines)?;
         let lines: Vec<&str> = text.lines().collect();
         let device = self.common.open_device()?;

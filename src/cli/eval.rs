@@ -17,7 +17,7 @@ use serde_json::{json, Value};
 use super::register::model_hash;
 use super::registry::directory;
 use super::{
-    note, open_model, peak_bytes, print_json, progress, read_text, AdapterFlag, Common, ModelFlag, Precision,
+    not_over, note, open_model, peak_bytes, print_json, progress, read_text, AdapterFlag, Common, ModelFlag, Precision,
     RegisterFlag,
 };
 
@@ -51,6 +51,7 @@ pub struct Eval {
 impl Eval {
     pub fn run(&self) -> Result<()> {
         self.register.check(&[("", Kind::Evaluation)])?;
+        self.logprobs.as_ref().map_or(Ok(()), |out| not_over(out, &self.text))?;
         let text = read_text(&self.text)?;
         let device = self.common.open_device()?;
         let model = open_model(&self.model.model, &self.adapter, &self.precision, &device)?;

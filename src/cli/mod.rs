@@ -234,6 +234,14 @@ fn read_text(path: &Path) -> Result<String> {
     })
 }
 
+/// Refuses to write over what is read.
+fn not_over(out: &Path, read: &Path) -> Result<()> {
+    match handmill::aside::same_file(out, read) {
+        true => Err(Usage(format!("{} is read, and would be written over: name another file", out.display())).into()),
+        false => Ok(()),
+    }
+}
+
 /// A flag that the first Ctrl-C sets, for work that then saves what is done; a second one ends the process where it
 /// stands.
 fn stop_on_interrupt() -> Result<Arc<AtomicBool>> {

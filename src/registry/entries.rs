@@ -29,8 +29,8 @@ pub struct Entry {
     pub kind: Kind,
     /// Of its bytes: of its file, or of the list of its files.
     pub sha256: String,
-    /// The hash by which others speak of it: a model's as [`model_sha256`] gives it, an adapter's weights', else
-    /// `sha256`.
+    /// The hash by which others speak of it: a model's as [`model_sha256`](crate::model::adapter::model_sha256) gives
+    /// it, an adapter's weights', else `sha256`.
     pub identity: String,
     /// True for a directory.
     pub directory: bool,
@@ -246,7 +246,14 @@ impl Registry {
     fn has(&self, name: &str) -> Result<String, Error> {
         let entries = self.list(None, Some(name))?;
         if entries.is_empty() {
-            return Ok("`handmill registry list` shows what it has, `handmill registry add` registers more".into());
+            let mut names: Vec<String> = self.list(None, None)?.into_iter().map(|entry| entry.name).collect();
+            names.dedup();
+            let more = if names.len() > super::TOLD { ", .." } else { "" };
+            names.truncate(super::TOLD);
+            return Ok(match names.is_empty() {
+                true => "it has nothing yet, `handmill registry add NAME PATH` registers something".into(),
+                false => format!("its names are {}{more}", names.join(", ")),
+            });
         }
         let one = |entry: &Entry| {
             let aliases: String = entry.aliases.iter().map(|alias| format!(", @{alias}")).collect();

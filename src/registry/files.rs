@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use sha2::{Digest, Sha256};
 
 use super::Kind;
+use crate::aside::same_file;
 use crate::error::{quote, Error};
 use crate::model::adapter::{hex, sha256, PROMPT};
 
@@ -204,21 +205,6 @@ fn place(dir: &Path, aside: &Path, hash: &str) -> Result<(), Error> {
 /// True for a file of this SHA-256.
 fn is_of(path: &Path, sha256: &str) -> bool {
     path.is_file() && hash(path, &mut |_| Ok(())).is_ok_and(|(found, _)| found == sha256)
-}
-
-/// True where both names are of one file.
-pub fn same_file(a: &Path, b: &Path) -> bool {
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::MetadataExt;
-        let id = |path: &Path| fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).ok();
-        id(a).is_some() && id(a) == id(b)
-    }
-    #[cfg(not(unix))]
-    {
-        let real = |path: &Path| fs::canonicalize(path).ok();
-        real(a).is_some() && real(a) == real(b)
-    }
 }
 
 /// Brings a folder's names to the disk.

@@ -18,7 +18,6 @@ use std::path::{Path, PathBuf};
 use regex::Regex;
 use serde_json::{json, Map, Value};
 
-use super::files;
 use super::near::Near;
 use crate::aside;
 use crate::compare::questions::{self, Question, TrainRow};
@@ -211,7 +210,7 @@ impl Made {
         }
         let (held_out, manifest) = (out.with_extension("held-out.jsonl"), out.with_extension("manifest.json"));
         for path in [out, &held_out, &manifest] {
-            if self.inputs.iter().any(|input| files::same_file(input, path)) {
+            if self.inputs.iter().any(|input| aside::same_file(input, path)) {
                 return Err(Error::file(path, "was read, and would be written over: name another file to write"));
             }
         }

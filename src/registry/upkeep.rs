@@ -97,7 +97,7 @@ impl Registry {
                     None => {
                         let (blob, link) = (files::blob(&self.dir, &file.sha256), self.link(entry, &file.path));
                         // A link that is gone is made again when it is used.
-                        match link.exists() && !files::same_file(&blob, &link) {
+                        match link.exists() && !aside::same_file(&blob, &link) {
                             true => vec![blob, link],
                             false => vec![blob],
                         }

@@ -65,6 +65,13 @@ fn files_that_are_no_runs_are_refused_by_their_names() {
     std::fs::create_dir(&out).unwrap();
     file(&out, "bench.jsonl", &text);
     assert_eq!(bench(&["compare", &good, out.to_str().unwrap()]).code, 0);
+    // Two runs would write over each other's rows.
+    let held = handmill::bench::row::Log::create(&out).unwrap();
+    let run = bench(&["--op", "rmsnorm", "--quick", "--device", "cpu", "--out", out.to_str().unwrap()]);
+    assert!(run.code == 1 && run.stderr.contains("written by another run"), "{}", run.stderr);
+    drop(held);
+    let before = std::fs::read_to_string(out.join("bench.jsonl.before")).unwrap();
+    assert_eq!(before, text, "what was there is kept, and once");
     // A page of nothing is none, and a file is no folder.
     let empty = file(folder.path(), "empty", "");
     for (rows, out, word) in [(&empty, "page", "hold no row"), (&good, "good", "is a file; name a directory")] {
