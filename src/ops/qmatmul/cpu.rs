@@ -9,7 +9,7 @@
 //! | `rows` | a row of W is decoded in registers as it streams by and meets every x: no decoded W in memory | M ≤ 16 |
 //! | `vnni` | whole numbers: codes meet the bytes of x, 64 products an instruction ([`super::vnni`]) | M ≤ 16, q4, q8 |
 //! | `amx_codes` | codes on tiles as they are, scales on their products | codes, where there are tiles |
-//! | `amx_rows` | plain weights on tiles in the same way ([`super::amx_codes`]) | the others there |
+//! | `amx_rows` | plain weights on tiles in the same way ([`super::amx_codes`]) | more than 8 rows of the others |
 //!
 //! ```text
 //! rows:  for n in 0..N, threads side by side
@@ -69,9 +69,9 @@ macro_rules! kernels {
         ];
     };
 }
-kernels!(KERNELS_F32, "f32", "_amx_rows", supports_plain);
-kernels!(KERNELS_F16, "f16", "_amx_rows", supports_plain);
-kernels!(KERNELS_BF16, "bf16", "_amx_rows", supports_plain);
+kernels!(KERNELS_F32, "f32", "_amx_rows", supports_f32);
+kernels!(KERNELS_F16, "f16", "_amx_rows", supports_f16);
+kernels!(KERNELS_BF16, "bf16", "_amx_rows", supports_bf16);
 kernels!(KERNELS_Q4, "q4", "_amx_codes", supports, vnni);
 kernels!(KERNELS_Q8, "q8", "_amx_codes", supports, vnni);
 kernels!(KERNELS_NF4, "nf4", "_amx_codes", supports);

@@ -82,7 +82,8 @@ const PLAIN_CASES: &[Case] = &[
     case_with(&[130, 136, 192, 136, 0, 1, 0], &[0.0], "past tiles of 64 and 128, whole tiles of 64 columns, bias"),
     case_with(&[66, 130, 832, 133, 3, 0, 20], &[0.5], "13 tiles of 64 columns, rank 20, part of a wider y"),
     case_with(&[161, 34, 1600, 34, 0, 0, 2], &[0.5], "the same in whole tiles of columns"),
-    case_with(&[3, 33, 608, 40, 7, 1, 1], &[0.5], "19 tiles of columns, part of a wider y, bias, rank 1"),
+    case_with(&[12, 33, 608, 40, 7, 1, 1], &[0.5], "19 tiles of columns, part of a wider y, bias, rank 1"),
+    case_with(&[30, 70, 1088, 70, 0, 1, 3], &[0.5], "two blocks of rows, 34 tiles of columns"),
     case_with(&[5, 384, 1536, 384, 0, 1, 0], &[0.0], "MiniLM's second feed-forward matrix"),
 ];
 const Q4_CASES: &[Case] = &[
