@@ -244,7 +244,8 @@ impl<C: Codes> Work<'_, C> {
             }
             Weights::F32 { .. } | Weights::F16 { .. } | Weights::Bf16 { .. } => (None, None),
         };
-        let [mut scale_vectors, mut min_vectors] = [1.0, 0.0].map(|of_all| Vectors([[of_all; STRIP]; READ]));
+        let (mut scale_vectors, mut min_vectors) =
+            const { (Vectors([[1.0; STRIP]; READ]), Vectors([[0.0; STRIP]; READ])) };
         for first in (0..self.depth).step_by(self.unit) {
             let steps = self.unit.min(self.depth - first);
             for step in 0..steps {
