@@ -137,8 +137,11 @@ fn run<C: Codes>(a: &Args<'_>, codes: &[u8], how: C) {
     let depth = a.k / DEPTH;
     let most = STEPS.min(UNPACKED / (2 * C::TILES));
     // Plain weights: as many columns at a time as fit, the same number each time.
-    let span =
-        if a.w.group() > 1 { a.w.group() / DEPTH } else { (1..=most).rev().find(|s| depth % s == 0).unwrap_or(1) };
+    let span = if a.w.group() > 1 {
+        a.w.group() / DEPTH
+    } else {
+        (1..=most).rev().find(|s| depth.is_multiple_of(*s)).unwrap_or(1)
+    };
     let unit = (most / span).max(1) * span;
     assert!(codes.len() == a.n * depth * C::BYTES && depth.is_multiple_of(span));
     let work = Work { a, codes, how, depth, span, unit };

@@ -232,7 +232,8 @@ impl<const BITS: usize> Share<'_, BITS> {
         }
     }
 
-    /// y[m..m+T, n..n+R]. Closures would not be compiled for these instructions: loops.
+    /// y[m..m+T, n..n+R]. Closures that return vectors would not be compiled for these instructions: loops.
+    #[allow(clippy::needless_range_loop)]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     fn tile<const R: usize, const T: usize>(&self, n: usize, m: usize, scales: &[f32], mins: &[f32]) {
         let Row { bytes, steps, pieces, groups, shift } = self.row;
@@ -248,7 +249,7 @@ impl<const BITS: usize> Share<'_, BITS> {
         let group_of_piece = _mm512_srl_epi32(lanes, _mm_cvtsi32_si128(shift as i32));
         let mut sums = [[_mm512_setzero_ps(); R]; T];
         for first in (0..steps).step_by(STEPS) {
-            let (piece, group) = (first * STEP / PIECE, first * STEP / PIECE >> shift);
+            let (piece, group) = (first * STEP / PIECE, (first * STEP / PIECE) >> shift);
             let mask = u16::MAX >> (LANES - (groups - group).min(LANES));
             let mut factors = [[_mm512_setzero_ps(); R]; T];
             for r in 0..R {
